@@ -1,0 +1,1219 @@
+"""Tests of mokd.py. Each compares with an independent naive computation, with stored numbers of the released code, or with
+a property that the paper states.
+
+    python -m pytest -q test_mokd.py                # all; the slow ones (full-size networks) take about two minutes of it
+    python -m pytest -q test_mokd.py -m "not slow"
+"""
+import copy
+import itertools
+import json
+import math
+import os
+import random
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torchvision.transforms.v2 import functional as TF
+
+import mokd
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+CNN = "layers=1,1,1,1 channels=8,8,16,16".split()
+VIT = "img_size=32 patch_size=8 embed_dim=24 depth=2 num_heads=2".split()
+SMALL = ("--data toy --out_dim 32 --hidden_dim 16 --bottleneck_dim 8 --t_dim 24 --t_heads 2 --t_depth 1 --global_size 32 "
+         "--local_size 16 --local_crops 2 --batch_size 8 --epochs 1 --warmup_epochs 0 --teacher_temp_epochs 1 --workers 0 "
+         "--freeze_last_layer 0 --cnn_lr 1 --vit_lr 0.03 --blur 0.1 0.5").split()
+PAIR = ["--arch1", "resnet18", "--model_kwargs1", *CNN, "--arch2", "vit_tiny", "--model_kwargs2", *VIT]
+
+
+def config(*args):
+    """Settings of a pair so small that a step takes milliseconds, with `args` on top."""
+    cfg = mokd.parse_args([*SMALL, *PAIR, *map(str, args)])
+    cfg.dtype, cfg.workers = "fp32", 0
+    return cfg
+
+
+def models_of(cfg):
+    return mokd.build_models(cfg, torch.device("cpu"))
+
+
+def views_of(cfg, step=0):
+    g = torch.Generator().manual_seed(step)
+    rand = lambda n, size: torch.randn(n * cfg.batch_size, 3, size, size, generator=g)
+    return [rand(2, cfg.global_size)] + ([rand(cfg.local_crops, cfg.local_size)] if cfg.local_crops else [])
+
+
+def now_of(cfg, step=1, per_epoch=10):
+    return mokd.schedule(cfg, step, per_epoch)
+
+
+def close(a, b, relative):
+    """Largest difference over largest value."""
+    a, b = torch.as_tensor(a).detach().double(), torch.as_tensor(b).detach().double()
+    return a.shape == b.shape and (a - b).abs().max() <= relative * b.abs().max().clamp_min(1e-30)
+
+
+def gradients_of_step(cfg, models, x, now):
+    """Run a step -> losses, the gradients it had before clipping, by (model, name)."""
+    grads = {}
+
+    def tick(part):
+        if part == "backward":
+            grads.update({(m.i, k): p.grad.clone() for m in models for k, p in m.net.named_parameters() if p.grad is not None})
+    losses, _ = mokd.train_step(*models, x, cfg, now, tick=tick)
+    return losses, grads
+
+
+# ------------------------------------------------------------------------------------- the released code's numbers
+
+class StoredBackbone(nn.Module):
+    """Gives out stored features, as parameters, so that their gradients can be read."""
+    def __init__(self, global_, local, cls, family):
+        super().__init__()
+        self.features = nn.ParameterList([nn.Parameter(global_), nn.Parameter(local)])
+        self.cls, self.family, self.dim = cls, family, global_.shape[2] if cls else global_.shape[1]
+        self.num_tokens = global_.shape[1] - 1 if cls else global_.shape[2] * global_.shape[3]
+
+    def forward(self, x):
+        y = self.features[0 if x.shape[-1] == 2 else 1]
+        if self.cls:
+            return y[:, 0], y[:, 1:]
+        return y.mean((2, 3)), y.flatten(2).mT
+
+
+@pytest.fixture(scope="module")
+def released():
+    """One step of the released code, run here by train_step from its stored weights and features."""
+    d = {k: torch.from_numpy(np.atleast_1d(v)) for k, v in np.load(os.path.join(HERE, ".ci", "release_step.npz")).items()}
+    B, K, L = (int(d[f"meta.{k}"]) for k in ("B", "K", "local_crops"))
+    temp = float(d["meta.teacher_temp"])
+    cfg = mokd.parse_args(["--recipe", "release", "--out_dim", str(K), "--hidden_dim", "40", "--bottleneck_dim", "12",
+                           "--local_crops", str(L), "--batch_size", str(B), "--clip_grad", "0"])
+    cfg.lambda1, cfg.lambda2, cfg.t_dim, cfg.dtype = float(d["meta.lambda1"]), float(d["meta.lambda2"]), 12, "fp32"
+    cfg.student_temp, cfg.center_momentum = float(d["meta.student_temp"]), float(d["meta.center_momentum"])
+    models = []
+    for i, (cls, family) in enumerate(((False, "cnn"), (True, "vit")), 1):
+        models.append(mokd.Model(cfg, i, StoredBackbone(d[f"student.Z{i}g"], d[f"student.Z{i}l"], cls, family),
+                                 torch.device("cpu")))
+        m = models[-1]
+        m.momentum_net.backbone.features[0].data = d[f"teacher.Z{i}g"]
+        m.C_m.copy_(d[f"center.cm{i}"])
+        m.C_t.copy_(d[f"center.ct{i}"])
+        for net, prefix in ((m.net, f"net{i}."), (m.momentum_net, f"net{i}_.")):
+            own = dict(net.named_parameters())
+            for k, v in d.items():
+                if k.startswith(prefix):
+                    name = released_name(k.removeprefix(prefix))
+                    own[name].data.copy_(v.expand_as(own[name]) if name.endswith("pos") else v.view_as(own[name]))
+    x = [torch.zeros(2 * B, 3, 2, 2), torch.zeros(L * B, 3, 1, 1)]
+    outputs = {}
+    with torch.no_grad():
+        for m in models:
+            i = m.i
+            outputs[f"m{i}"], outputs[f"t{i}"], Z = m.net(x)
+            outputs[f"m{i}_"], outputs[f"t{i}_"], Z_ = m.momentum_net(x[:1])
+            outputs[f"query{i}"], outputs[f"Z{i}_"] = m.t.query_of(Z.pooled), Z_.tokens[0]
+        for i, t_, query in ((1, models[0].t_, outputs["query2"]), (2, models[1].t_, outputs["query1"])):
+            for which in ("local", "global"):
+                pairs = mokd.search_pairs(2 + L, which)
+                outputs[f"search{i}_{which}"] = mokd.search(t_, query, outputs[f"Z{i}_"], pairs).flatten(0, 1)
+    now = mokd.Now(0, 0, (0, 1, 0), 1.0, temp, temp)
+    losses, grads = gradients_of_step(cfg, models, x, now)
+    return d, cfg, models, outputs, losses, grads
+
+
+def released_name(k):
+    """Name of a stored weight -> the name of ours."""
+    k = re.sub(r"^mlp\.fc(\d)", lambda m: f"mlp_head.mlp.{2 * int(m[1]) - 2}", k)
+    k = re.sub(r"^mlp\.last", "mlp_head.last", re.sub(r"^t\.", "t_head.", re.sub(r"block(\d)", r"blocks.\1", k)))
+    return k.replace("last.gain", "last.parametrizations.weight.original0").replace(
+        "last.direction", "last.parametrizations.weight.original1")
+
+
+def test_released_heads_are_reproduced(released):
+    d, cfg, models, out, *_ = released
+    for name in ("m1", "t1", "m2", "t2", "m1_", "t1_", "m2_", "t2_"):
+        assert close(out[name].flatten(0, 1), d[f"out.{name}"], 3e-6), name
+
+
+def test_released_queries_and_searches_are_reproduced(released):
+    d, cfg, _, out, *_ = released
+    B = cfg.batch_size
+    assert close(out["query1"][:2 * B], d["out.query1_global"], 3e-6)
+    assert close(out["query1"][2 * B:], d["out.query1_local"], 3e-6)
+    for name in ("search1_local", "search2_local", "search1_global", "search2_global"):
+        assert close(out[name], d[f"out.{name}"], 3e-6), name
+
+
+def test_released_losses_are_reproduced(released):
+    d, losses = released[0], released[4]
+    for i in "12":
+        for name in ("sm", "st", "cm", "ct"):
+            assert close(losses[name + i].view(1), d[f"loss.{name}{i}"].view(1), 3e-6), name + i
+        assert close(losses["loss" + i].view(1), d[f"loss.total{i}"].view(1), 3e-6)
+
+
+def test_released_centers_are_reproduced(released):
+    d, models = released[0], released[2]
+    for m in models:
+        assert close(m.C_m, d[f"center_after.cm{m.i}"], 3e-6) and close(m.C_t, d[f"center_after.ct{m.i}"], 3e-6)
+
+
+def test_released_gradients_are_reproduced(released):
+    d, grads = released[0], released[5]
+    stored = [k for k in d if k.startswith("grad.")]
+    assert len(stored) > 90
+    for k in stored:
+        if k.startswith("grad.student.Z"):
+            ours = grads[int(k[14]), f"backbone.features.{'gl'.index(k[15])}"]
+        else:
+            ours = grads[int(k[8]), released_name(k[10:])]
+        assert close(ours.view_as(d[k]), d[k], 3e-6), k
+
+
+# ------------------------------------------------------------------------------- Algorithm 1, transcribed naively
+
+def naive_H(t, s, c, tau_t, tau_s):
+    return -(torch.softmax((t - c) / tau_t, -1).detach() * torch.log_softmax(s / tau_s, -1)).sum(-1).mean()
+
+
+def naive_t_head(head, Z, query=None):
+    """T-Head by elementary operations on one view's tokens."""
+    w = dict(head.named_parameters())
+    x = Z @ w["embed.weight"].T + w["embed.bias"] if "embed.weight" in w else Z
+    pos = w["pos"]
+    if pos.shape[1] != x.shape[1]:
+        a, b = math.isqrt(pos.shape[1]), math.isqrt(x.shape[1])
+        pos = F.interpolate(pos.view(1, a, a, -1).permute(0, 3, 1, 2), size=(b, b), mode="bicubic", align_corners=False)
+        pos = pos.permute(0, 2, 3, 1).reshape(1, b * b, -1)
+    x = x + pos
+    if query is not None:
+        x = torch.cat([query[:, None], x], 1)
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdim=True)
+        return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * w[name + ".weight"] + w[name + ".bias"]
+
+    def linear(x, name):
+        return x @ w[name + ".weight"].T + w[name + ".bias"]
+    for i, block in enumerate(head.blocks):
+        b, heads = f"blocks.{i}.", block.attn.num_heads
+        q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in linear(norm(x, b + "norm1"), b + "attn.qkv").chunk(3, -1))
+        a = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
+        x = x + linear(a.transpose(1, 2).flatten(2), b + "attn.proj")
+        y = linear(norm(x, b + "norm2"), b + "mlp.fc1")
+        x = x + linear(y * 0.5 * (1 + torch.erf(y / math.sqrt(2))), b + "mlp.fc2")
+    x = norm(x, "norm")
+    x = (x if query is None else x[:, 1:]).mean(1)
+    if head.l2:
+        x = x / x.norm(dim=-1, keepdim=True)
+    g, v = w["last.parametrizations.weight.original0"], w["last.parametrizations.weight.original1"]
+    return x @ (g * v / v.norm(dim=1, keepdim=True)).T
+
+
+def naive_step(models, x, cfg, temp):
+    """Algorithm 1 with a loop over pairs of views, a forward of the T-Head for each search and log-softmax losses: losses,
+    then the gradients of loss1 + loss2."""
+    B, V = cfg.batch_size, 2 + cfg.local_crops
+    on = cfg.losses.split(",")
+    views = {}
+    for m in models:
+        for net, n_views, name in ((m.net, V, "n"), (m.momentum_net, 2, "n_")):
+            pooled, tokens = [], []
+            for resolution in x if name == "n" else x[:1]:
+                p, Z = net.backbone(resolution)
+                pooled += p.split(B)
+                tokens += Z.split(B)
+            views[name, m.i] = pooled, tokens, [net.mlp_head(p) for p in pooled], \
+                [naive_t_head(net.t_head, Z) for Z in tokens] if net.t_head else None
+    losses = {}
+    for m, o in (models, models[::-1]):
+        i, j = m.i, o.i
+        pooled, _, s_m, s_t = views["n", i]
+        _, _, own_m, own_t = views["n_", i]
+        _, other_Z, other_m, _ = views["n_", j]
+        own_temp = cfg.teacher_temp_start if m.family == "cnn" and cfg.teacher_temp_epochs_cnn == 50 else temp   # epoch 0
+        all_pairs = [(g, v) for g in (0, 1) for v in range(V) if v != g]
+        mean = lambda values: sum(values) / len(values)
+        losses[f"sm{i}"] = mean([naive_H(own_m[g], s_m[v], m.C_m, own_temp, cfg.student_temp) for g, v in all_pairs])
+        if "st" in on:
+            losses[f"st{i}"] = mean([naive_H(own_t[g], s_t[v], m.C_t, own_temp, cfg.student_temp) for g, v in all_pairs])
+        if "cm" in on:
+            losses[f"cm{i}"] = mean([naive_H(other_m[g], s_m[v], o.C_m, temp, cfg.student_temp) for g, v in all_pairs])
+        if "ct" in on:
+            which = dict(all=all_pairs, local=[(0, v) for v in range(2, V)])
+            which["global"] = [(0, 1), (1, 0)]
+            terms = []
+            for g, v in which[cfg.search]:
+                query = pooled[v]
+                if isinstance(m.t.embed, nn.Linear):
+                    query = query @ m.t.embed.weight.T + m.t.embed.bias
+                target = naive_t_head(o.t_, other_Z[g], query.detach())
+                terms.append(naive_H(target, s_t[v], o.C_t if cfg.search_center else 0.0, temp, cfg.student_temp))
+            losses[f"ct{i}"] = mean(terms)
+        lam = cfg.lambda1 if i == 1 else cfg.lambda2
+        losses[f"loss{i}"] = losses[f"sm{i}"] + losses.get(f"st{i}", 0) + lam * (losses.get(f"cm{i}", 0) + losses.get(f"ct{i}", 0))
+    (losses["loss1"] + losses["loss2"]).backward()
+    grads = {(m.i, k): p.grad.clone() for m in models for k, p in m.net.named_parameters() if p.grad is not None}
+    outputs = {m.i: (torch.stack(views["n_", m.i][2]), torch.stack(views["n_", m.i][3]) if m.t else None) for m in models}
+    return losses, grads, outputs
+
+
+VARIANTS = {"paper": [], "release": ["--recipe", "release"], "cls": ["--vit_pool", "cls"], "t_norm": ["--t_norm", "on"],
+            "search global": ["--search", "global"], "uncentered": ["--search_center", "off"], "no locals": ["--local_crops", "0"],
+            "lambdas": ["--lambda1", "0.3", "--lambda2", "0.7"], "temperatures": ["--student_temp", "0.2", "--teacher_temp", "0.1"],
+            **{losses: ["--losses", losses] for losses in ("sm", "sm,cm", "sm,st", "sm,ct", "sm,cm,st", "sm,st,ct")}}
+
+
+def with_history(models):
+    """Centers that are not 0 and momentum nets that are not their students."""
+    g = torch.Generator().manual_seed(5)
+    for m in models:
+        m.C_m.copy_(0.1 * torch.randn(m.C_m.shape, generator=g))
+        m.C_t.copy_(0.1 * torch.randn(m.C_t.shape, generator=g))
+        for p in m.params_:
+            p.data += 0.02 * torch.randn(p.shape, generator=g)
+    return models
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_step_equals_a_naive_transcription_of_algorithm_1(variant):
+    cfg = config("--drop_path", 0, "--t_depth", 2, *VARIANTS[variant])
+    models = with_history(models_of(cfg))
+    assert models[0].t is None or models[0].t.embed.in_features == 16   # T-Head 1 embeds, T-Head 2 has the ViT's width
+    before = copy.deepcopy(models)
+    x, now = views_of(cfg), now_of(cfg)
+    losses, grads = gradients_of_step(cfg, models, x, now)
+    naive_losses, naive_grads, outputs = naive_step(before, x, cfg, now.temp)
+    for name, value in naive_losses.items():
+        assert close(losses[name], value, 1e-5), name
+    for name in losses.keys() - naive_losses.keys():
+        assert losses[name] == 0
+    assert grads.keys() == naive_grads.keys()
+    for key, grad in naive_grads.items():
+        scale = max(g.abs().max() for k, g in naive_grads.items() if k[0] == key[0])   # some true gradients are 0
+        assert (grads[key] - grad).abs().max() <= 1e-4 * grad.abs().max() + 1e-6 * scale, key
+
+    for m, b in zip(models, before):   # what follows the gradients: clipping, optimizer, EMA, centers
+        for k, p in b.net.named_parameters():
+            if p.grad is not None:   # the step's own gradients: AdamW's first step makes much of rounding in small ones
+                p.grad = grads[m.i, k] * min(1, cfg.clip_grad / grads[m.i, k].norm())
+        naive_update(b, cfg, now)
+        for (k, p), q in zip(m.net.named_parameters(), b.net.parameters()):
+            assert torch.allclose(p, q, atol=1e-6), k
+        for (k, p_), q_, p in zip(m.momentum_net.named_parameters(), b.momentum_net.parameters(), m.net.parameters()):
+            assert torch.allclose(p_, now.l * q_ + (1 - now.l) * p, atol=1e-6), k
+        for C, c, out in ((m.C_m, b.C_m, outputs[m.i][0]), (m.C_t, b.C_t, outputs[m.i][1])):
+            if out is not None:
+                assert torch.allclose(C, 0.9 * c + 0.1 * out.flatten(0, 1).mean(0), atol=1e-5)
+
+
+def naive_update(m, cfg, now):
+    """The first update of SGD with momentum or of AdamW, by its formula, with the paper's learning rates and weight decay."""
+    step, steps, warmup = now.progress
+    cosine = lambda a, b: b + (a - b) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    assert warmup == 0
+    for k, p in m.net.named_parameters():
+        if p.grad is None:
+            continue
+        head = k.startswith("t_head")
+        vit = m.family == "vit" or head
+        lr = cosine((cfg.vit_lr if vit else cfg.cnn_lr) * cfg.batch_size / 256, cfg.vit_lr_end if vit else cfg.cnn_lr_end)
+        wd = 0 if p.dim() == 1 else cfg.cnn_wd if not vit else cosine(cfg.vit_wd, cfg.vit_wd if cfg.wd_end is None else cfg.wd_end)
+        adamw = m.family == "vit" or (head and cfg.t_optimizer == "adamw")
+        with torch.no_grad():
+            if adamw:
+                p -= lr * wd * p
+                p -= lr * p.grad / (p.grad.abs() + 1e-8)
+            else:
+                p -= lr * (p.grad + wd * p)
+
+
+def test_second_adamw_and_sgd_steps_keep_their_momentum():
+    cfg = config("--drop_path", 0)
+    models = models_of(cfg)
+    for step in range(2):
+        mokd.train_step(*models, views_of(cfg, step), cfg, now_of(cfg, step + 1))
+    sgd, adamw = models[0].optimizers
+    assert isinstance(sgd, torch.optim.SGD) and all(s["momentum_buffer"].any() for s in sgd.state.values())
+    assert isinstance(adamw, torch.optim.AdamW) and all(s["step"] == 2 for s in adamw.state.values())
+
+
+# ---------------------------------------------------------------------------------------------- gradients and independence
+
+def test_no_gradient_reaches_a_momentum_net_a_target_or_a_query():
+    cfg = config()
+    models = models_of(cfg)
+    seen = []
+    real = mokd.search
+
+    def spy(t_, query, Z_, pairs):
+        seen.append((query.requires_grad, Z_.requires_grad))
+        out = real(t_, query, Z_, pairs)
+        seen.append((out.requires_grad,))
+        return out
+    mokd.search = spy
+    try:
+        gradients_of_step(cfg, models, views_of(cfg), now_of(cfg))
+    finally:
+        mokd.search = real
+    assert len(seen) == 4 and not any(itertools.chain(*seen))
+    assert all(p.grad is None and not p.requires_grad for m in models for p in m.params_)
+    t = torch.randn(4, 5, requires_grad=True)
+    assert not mokd.target(t).requires_grad
+
+
+def test_embed_learns_from_its_own_t_logits_never_from_being_a_query():
+    """With lambda 0 the student T-Head learns by st alone; model 2's ct loss, whose queries embed 2 makes for T-Head 1, and
+    model 1's, whose queries embed 1 makes, must not change that."""
+    args = ["--drop_path", 0, "--clip_grad", 0, "--model_kwargs2", *VIT[:2], "embed_dim=32", *VIT[3:]]   # so ViT 2 embeds too
+    grads = {}
+    for losses, lam in (("sm,st", 0), ("sm,cm,st,ct", 0)):
+        cfg = config("--losses", losses, "--lambda1", lam, "--lambda2", lam, *args)
+        models = with_history(models_of(cfg))
+        grads[losses] = gradients_of_step(cfg, models, views_of(cfg), now_of(cfg))[1]
+    for i in (1, 2):
+        a, b = (g[i, "t_head.embed.weight"] for g in grads.values())
+        assert a.abs().max() > 0 and close(b, a, 1e-6)
+
+
+def test_without_cross_losses_a_model_does_not_depend_on_its_partner():
+    weights = []
+    for partner in (["--arch2", "vit_tiny", "--model_kwargs2", *VIT],
+                    ["--arch2", "resnet34", "--model_kwargs2", "layers=1,1,1,2", "channels=8,8,8,24"]):
+        for first in (["--arch1", "resnet18", "--model_kwargs1", *CNN], ["--arch1", "vit_tiny", "--model_kwargs1", *VIT]):
+            cfg = mokd.parse_args([*SMALL, *first, *partner, "--losses", "sm"])
+            cfg.dtype = "fp32"
+            models = models_of(cfg)
+            assert models[0].t is None
+            for step in range(3):
+                mokd.train_step(*models, views_of(cfg, step), cfg, now_of(cfg, step))
+            weights.append(models[0].state())
+    for a, b in ((weights[0], weights[2]), (weights[1], weights[3])):
+        for part in (0, 1):   # student, momentum net with its centers
+            assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
+
+
+def test_identical_architectures_start_from_different_weights():
+    cfg = mokd.parse_args([*SMALL, "--arch1", "resnet18", "--model_kwargs1", *CNN, "--arch2", "resnet18", "--model_kwargs2", *CNN])
+    a, b = models_of(cfg)
+    assert (cfg.lambda1, cfg.lambda2) == (1, 1)
+    assert not torch.equal(a.net.backbone.model.conv1.weight, b.net.backbone.model.conv1.weight)
+
+
+# ------------------------------------------------------------------------------------------------------- heads, schedules
+
+def test_search_drops_the_query_before_pooling():
+    head = mokd.THead(8, 16, dim=12, depth=0, num_heads=2, num_tokens=4)   # without attention the query cannot matter at all
+    Z = torch.randn(3, 4, 8)
+    assert torch.equal(head(Z, torch.randn(3, 12)), head(Z))
+    head = mokd.THead(8, 16, dim=12, depth=1, num_heads=2, num_tokens=4)
+    assert not torch.allclose(head(Z, torch.randn(3, 12)), head(Z))
+
+
+def test_t_head_has_no_embed_where_the_widths_agree():
+    assert isinstance(mokd.THead(12, 4, dim=12, num_heads=2).embed, nn.Identity)
+    assert isinstance(mokd.THead(13, 4, dim=12, num_heads=2).embed, nn.Linear)
+
+
+def test_mlp_head_and_t_norm_logits_are_cosines():
+    x = 1000 * torch.randn(5, 9)
+    assert mokd.MLPHead(9, 30, 16, 8)(x).abs().max() <= 1 + 1e-5
+    Z = 1000 * torch.randn(5, 4, 9)
+    assert mokd.THead(9, 30, 12, 1, 2, 4, norm=True)(Z).abs().max() <= 1 + 1e-5
+    assert mokd.THead(9, 30, 12, 1, 2, 4)(Z).abs().max() > 1
+
+
+def test_gain_is_fixed_for_a_cnn_and_learned_for_a_vit_and_in_t_heads():
+    for m in models_of(config()):
+        gains = m.net.mlp_head.last.parametrizations.weight.original0, m.t.last.parametrizations.weight.original0
+        assert all((g == 1).all() for g in gains)
+        assert [g.requires_grad for g in gains] == [m.family == "vit", True]
+
+
+def test_cosine_schedule():
+    values = [mokd.cosine_schedule(s, 100, 2.0, 0.5, warmup=10) for s in range(101)]
+    assert values[:11] == pytest.approx([0.2 * s for s in range(11)])
+    assert values[10:] == pytest.approx(list(0.5 + 1.5 * (1 + np.cos(np.pi * np.arange(91) / 90)) / 2))
+    cfg = mokd.Config()
+    assert [mokd.schedule(cfg, s, 5).l for s in (0, 250, 500)] == pytest.approx([0.996, 0.998, 1.0])
+
+
+def test_teacher_temperature_rises_by_epoch_and_later_for_a_released_cnn():
+    cfg = mokd.parse_args(["--recipe", "release"])
+    expected = np.concatenate([np.linspace(0.04, 0.07, 30), np.full(70, 0.07)])
+    cnn = np.concatenate([np.linspace(0.04, 0.07, 50), np.full(50, 0.07)])
+    now = [mokd.schedule(cfg, 7 * epoch + 3, 7) for epoch in range(100)]
+    assert [n.temp for n in now] == pytest.approx(list(expected)) and [n.temp_cnn for n in now] == pytest.approx(list(cnn))
+    now = mokd.schedule(mokd.Config(), 15, 1)
+    assert now.temp == now.temp_cnn == pytest.approx(expected[15])
+
+
+def test_each_gradient_is_clipped_by_itself():
+    grads = [torch.randn(4, 4) * 10, torch.randn(3) * 0.01, torch.zeros(2), torch.full((5,), 7.0)]
+    naive = [g * min(1.0, 3.0 / (g.pow(2).sum().sqrt().item() + 1e-6)) for g in grads]
+    mokd.clip_per_tensor(grads, 3.0)
+    for a, b in zip(grads, naive):
+        assert torch.allclose(a, b, rtol=1e-6)
+    assert grads[0].norm() == pytest.approx(3, rel=1e-5) and grads[1].norm() < 0.1
+
+
+def test_last_layers_stand_still_while_frozen():
+    cfg = config("--freeze_last_layer", 1)
+    models = models_of(cfg)
+    start = [p.clone() for m in models for p in m.last_layers]
+    assert len(start) == 8
+    still = lambda: [torch.equal(p, q) for p, q in zip((p for m in models for p in m.last_layers), start)]
+    for step in range(1, 10):   # epoch 0
+        mokd.train_step(*models, views_of(cfg, step), cfg, now_of(cfg, step))
+    assert all(still())
+    mokd.train_step(*models, views_of(cfg), cfg, now_of(cfg, 10, 10)._replace(progress=(10, 100, 0)))
+    assert not any(s for s, p in zip(still(), (p for m in models for p in m.last_layers)) if p.requires_grad)
+
+
+def test_weight_decay_spares_biases_and_1d_parameters_and_groups_are_complete():
+    for args in ([], ["--t_optimizer", "sgd"], ["--cnn_optimizer", "adamw", "--vit_optimizer", "sgd"]):
+        for m in models_of(config(*args, "--wd_end", 0.4)):
+            groups = [g for o in m.optimizers for g in o.param_groups]
+            assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in m.params if p.requires_grad)
+            for g in groups:
+                assert all((p.dim() <= 1) == (g["wd_start"] == g["wd_end"] == 0) for p in g["params"])
+    m = models_of(config("--t_optimizer", "sgd"))[0]
+    assert [type(o) for o in m.optimizers] == [torch.optim.SGD]
+    t = next(g for g in m.optimizers[0].param_groups if any(p is m.t.pos for p in g["params"]))
+    assert (t["lr_start"], t["wd_start"]) == (0.03 * 8 / 256, 0.04)
+
+
+def test_stochastic_depth_is_for_the_student_vit_alone():
+    cfg = config("--drop_path", 0.5)
+    model1, model2 = models_of(cfg)
+    rates = lambda net: [m.drop_prob for m in net.modules() if isinstance(m, timm.layers.DropPath)]
+    assert rates(model1.net) == [] and max(rates(model2.net)) == 0.5 and set(rates(model2.momentum_net)) == {0.0}
+    x, now = views_of(cfg), now_of(cfg)
+    assert torch.equal(model2.n(x, now)[0], model2.n(x, now)[0])                         # a step's draws are its own
+    assert not torch.equal(model2.n(x, now)[0], model2.n(x, now._replace(step=2))[0])
+
+
+def test_batch_norm_statistics_are_the_momentum_nets_own():
+    cfg = config("--ema", 1, "--center_momentum", 1)
+    models = models_of(cfg)
+    bn, bn_ = models[0].net.backbone.model.bn1, models[0].momentum_net.backbone.model.bn1
+    mokd.train_step(*models, views_of(cfg), cfg, now_of(cfg))
+    assert bn.num_batches_tracked == 2 and bn_.num_batches_tracked == 1   # globals and locals; globals alone
+    assert not torch.allclose(bn.running_mean, bn_.running_mean)
+
+
+# ----------------------------------------------------------------------------------------------------------- recipes, flags
+
+def test_defaults_are_the_papers_and_release_switches_every_row():
+    paper, release = mokd.parse_args([]), mokd.parse_args(["--recipe", "release"])
+    assert (paper.arch1, paper.arch2, paper.epochs, paper.batch_size, paper.out_dim) == ("resnet50", "vit_small", 100, 256, 65536)
+    differ = {k for k in vars(paper) if getattr(paper, k) != getattr(release, k)} - {"recipe"}
+    assert differ == {"vit_pool", "t_dim", "search", "search_center", "teacher_temp_epochs_cnn", "t_optimizer", "cnn_lr_end",
+                      "vit_lr_end", "wd_end"}
+    assert mokd.parse_args(["--recipe", "release", "--search", "global"]).search == "global"
+    assert mokd.parse_args(["--demo", "--out_dim", "77"]).out_dim == 77
+
+
+@pytest.mark.parametrize("args, expected", [
+    ([], (1, 0.1)), (["--recipe", "release"], (1, 0.1)), (["--lambda2", "0.5"], (1, 0.5)),
+    (["--model_kwargs2", *VIT[:2], "embed_dim=96", "depth=4", VIT[4]], (0.1, 1)),
+    (["--recipe", "release", "--model_kwargs2", *VIT[:2], "embed_dim=96", "depth=4", VIT[4]], (1, 0.1))])
+def test_lambda_goes_by_size_and_in_the_release_by_family(args, expected):
+    cfg = config("--model_kwargs1", "layers=1,1,1,1", "channels=16,16,32,32", *args)
+    models_of(cfg)
+    assert (cfg.lambda1, cfg.lambda2) == expected
+
+
+def test_released_t_head_has_the_vits_width():
+    cfg = config("--recipe", "release", "--t_dim", 0)
+    assert [m.t.pos.shape[2] for m in models_of(cfg)] == [24, 24] and cfg.t_dim == 24
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("--t_dim", "385"), ("--out_dim", "1"), ("--epochs", "0"), ("--losses", "cm,st"), ("--losses", "sm,xx"), ("--ema", "1.5"),
+    ("--search", "some"), ("--local_scale", "0.5 0.1"), ("--jitter", "0 0 0 0.9"), ("--preview", "x.gif"), ("--batch_size", "x"),
+    ("--model_kwargs1", "depth"), ("--no_such_flag", "1"), ("--warmup_epochs", "101"), ("--t_norm", "maybe"), ("--demos", "on")])
+def test_a_wrong_flag_is_refused_by_name(flag, value, capsys):
+    try:
+        code = mokd.main([flag, *value.split()])
+    except SystemExit as error:
+        code = error.code
+    message = capsys.readouterr().err
+    assert code == 2 and flag in message and "Traceback" not in message
+
+
+def test_help_names_every_setting_with_its_source():
+    text = subprocess.run([sys.executable, "mokd.py", "--help"], cwd=HERE, capture_output=True, text=True).stdout
+    text = " ".join(text.split())
+    for name in vars(mokd.Config()):
+        assert f"--{name} " in text
+    for group in ("models", "heads", "losses", "views", "data", "optimization", "running"):
+        assert f" {group}: " in text
+    assert text.count("[A.1]") > 25 and text.count("[released code]") > 10
+
+
+# ---------------------------------------------------------------------------------------------------------------- backbones
+
+REDUCED = {   # the paper's backbones, narrow and shallow, for 32 pixels
+    **{f"resnet{n}": ["layers=1,1,1,1", "channels=8,8,16,16"] for n in (18, 34, 50, 101)},
+    **{f"vit_{size}": ["img_size=32", "patch_size=8", f"embed_dim={dim}", f"depth={depth}", "num_heads=2"]
+       for size, dim, depth in (("tiny", 16, 1), ("small", 24, 1), ("base", 32, 2))},
+    "efficientnet_b0": ["drop_rate=0.0"], "mobilenetv3_large": ["drop_rate=0.0"]}
+PAIRS = [("resnet50", "vit_small"), ("resnet50", "vit_base"), ("resnet101", "vit_small"), ("resnet101", "vit_base"),
+         ("resnet34", "vit_small"), ("resnet18", "vit_tiny"), ("resnet18", "resnet50"), ("resnet34", "resnet101"),
+         ("resnet50", "efficientnet_b0"), ("resnet50", "mobilenetv3_large"), ("efficientnet_b0", "vit_small"),
+         ("mobilenetv3_large", "vit_small"), ("efficientnet_b0", "mobilenetv3_large"), ("vit_tiny", "vit_small"),
+         ("vit_small", "vit_base"), ("vit_tiny", "vit_base"), ("resnet50", "resnet50"), ("vit_small", "vit_small")]
+
+
+@pytest.mark.parametrize("arch1, arch2", PAIRS)
+def test_every_kind_of_pair_learns_one_batch(arch1, arch2):
+    """All losses of both models together fall on one repeated batch, within 20 steps. The momentum nets stand still."""
+    cfg = mokd.parse_args([*SMALL, "--arch1", arch1, "--model_kwargs1", *REDUCED[arch1], "--arch2", arch2, "--model_kwargs2",
+                           *REDUCED[arch2], "--drop_path", "0", "--ema", "1", "--center_momentum", "1", "--batch_size", "4",
+                           "--cnn_lr", "3", "--vit_lr", "0.2", "--freeze_last_layer", "0"])
+    cfg.dtype = "fp32"
+    models, x = models_of(cfg), views_of(cfg)
+    history = []
+    for step in range(20):
+        losses, _ = mokd.train_step(*models, x, cfg, now_of(cfg, 1, 100))
+        assert all(math.isfinite(v) for v in losses.values())
+        history.append(float(losses["loss1"] + losses["loss2"]))
+        if history[-1] < 0.97 * history[0]:
+            return
+    assert history[-1] < 0.97 * history[0], history
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch1, arch2", [("resnet50", "vit_small"), ("resnet101", "vit_base"), ("resnet18", "resnet34"),
+                                          ("efficientnet_b0", "mobilenetv3_large"), ("vit_tiny", "vit_small")])
+def test_full_size_pairs_step_at_224(arch1, arch2):
+    """Every backbone of the paper at full size with both heads, K = 65536, 224 and 96 pixels."""
+    cfg = mokd.parse_args(["--arch1", arch1, "--arch2", arch2, "--batch_size", "2", "--local_crops", "2"])
+    cfg.dtype = "fp32"
+    models = models_of(cfg)
+    losses, _ = mokd.train_step(*models, views_of(cfg), cfg, mokd.schedule(cfg, 1, 10))
+    assert all(math.isfinite(v) and v > 0 for v in losses.values())
+    assert all(m.C_m.shape == (1, 65536) and m.C_t.any() for m in models)
+
+
+@pytest.mark.parametrize("arch, kwargs, shape", [
+    ("convnext_tiny", dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)), (9, 16)),            # map, NCHW
+    ("swin_tiny_patch4_window7_224", dict(depths=(1, 1, 1, 1), embed_dim=12, num_heads=(1, 1, 2, 2)), (9, 96)),   # NHWC
+    ("vit_small_patch16_224", dict(depth=1, reg_tokens=3), (36, 384)),                      # four prefix tokens
+    ("xcit_nano_12_p16_224", dict(depth=1), (36, 128)), ("mobilenetv3_large", {}, (9, 960))])
+def test_other_timm_models_give_tokens_at_both_sizes(arch, kwargs, shape):
+    b = mokd.build_backbone(arch, kwargs)
+    pooled, tokens = b.eval()(torch.rand(2, 3, 96, 96))
+    assert tokens.shape == (2, *shape) and b.dim == shape[1] and torch.allclose(pooled, tokens.mean(1), atol=1e-6)
+    map_ = b.model.forward_features(torch.rand(2, 3, 96, 96))
+    assert map_.dim() == 4 or map_.shape[1] == shape[0] + b.prefix
+    unused = [k for k, p in b.model.named_parameters() if not p.requires_grad]
+    assert all(k.startswith(("conv_head", "norm_head", "head")) for k in unused)
+
+
+def test_a_vit_pools_patches_or_cls():
+    x = torch.rand(2, 3, 32, 32)
+    kwargs = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2)
+    b = mokd.build_backbone("vit_tiny", kwargs, pool="cls", sizes=(32,)).eval()
+    y = b.model.forward_features(x)
+    assert torch.equal(b(x)[0], y[:, 0]) and torch.equal(b(x)[1], y[:, 1:])
+    b.cls = False
+    assert torch.allclose(b(x)[0], y[:, 1:].mean(1), atol=1e-6)
+    assert mokd.build_backbone("vit_small", dict(depth=1), patch_size=8, sizes=(64,)).num_tokens == 64
+
+
+@pytest.mark.parametrize("arch, kwargs, word", [
+    ("resnet51", {}, "no such model"), ("vit_small", dict(dept=3), "cannot build"), ("mixer_s16_224", {}, "96 pixels"),
+    ("vit_small_patch14_reg4_dinov2", dict(depth=1), "96 pixels")])
+def test_a_model_that_cannot_serve_is_refused(arch, kwargs, word):
+    with pytest.raises(mokd.Stop, match=word) as error:
+        mokd.build_backbone(arch, kwargs)
+    assert arch in str(error.value) and error.value.code == 2
+
+
+# --------------------------------------------------------------------------------------------------------- weights in and out
+
+def test_weights_load_into_timm_and_torchvision(tmp_path):
+    cfg = mokd.parse_args([*SMALL, "--arch1", "resnet18", "--arch2", "vit_tiny", "--model_kwargs2", *VIT, "--out", str(tmp_path)])
+    cfg.dtype = "fp32"
+    models = models_of(cfg)
+    assert mokd.save(cfg, models, 1, torch.amp.GradScaler(enabled=False)) is None
+    x = torch.rand(2, 3, 32, 32)
+    expected = [m.momentum_net.backbone.eval().model.forward_features(x) for m in models]
+    r = timm.create_model("resnet18", num_classes=0, checkpoint_path=str(tmp_path / "model1.pth")).eval()
+    assert torch.allclose(r.forward_features(x), expected[0], atol=1e-5)
+    v = timm.create_model("vit_tiny_patch16_224", num_classes=0, checkpoint_path=str(tmp_path / "model2.pth"),
+                          **dict(mokd.key_value(k) for k in VIT)).eval()
+    assert torch.allclose(v.forward_features(x), expected[1], atol=1e-5)
+    missing, unexpected = torchvision.models.resnet18().load_state_dict(torch.load(tmp_path / "model1.pth"), strict=False)
+    assert set(missing) == {"fc.weight", "fc.bias"} and not unexpected
+
+
+@pytest.mark.parametrize("arch, torchvision_name, sizes", [
+    ("resnet18", "resnet18", (64,)), ("efficientnet_b0", "efficientnet_b0", (64,)),
+    ("mobilenetv3_large", "mobilenet_v3_large", (64,)), ("vit_base", "vit_b_16", (224,))])
+def test_init_takes_torchvision_weights(arch, torchvision_name, sizes, tmp_path):
+    torch.manual_seed(0)
+    theirs = getattr(torchvision.models, torchvision_name)().eval()
+    for m in theirs.modules():   # random statistics, so that a swap of two of them shows
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(0, 0.1)
+            m.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
+    b = mokd.build_backbone(arch, sizes=sizes).eval()
+    mokd.load_backbone(b, tmp_path / "weights.pth", "--init1")
+    x = torch.rand(2, 3, sizes[0], sizes[0])
+    theirs.requires_grad_(False)
+    if arch == "vit_base":
+        y = torch.cat([theirs.class_token.expand(2, -1, -1), theirs._process_input(x)], 1)
+        expected = theirs.encoder(y)
+    else:
+        expected = (nn.Sequential(*list(theirs.children())[:-2]) if arch == "resnet18" else theirs.features)(x)
+        for ours, there in zip((m for m in b.modules() if isinstance(m, nn.BatchNorm2d)),
+                               (m for m in theirs.modules() if isinstance(m, nn.BatchNorm2d))):
+            ours.eps = there.eps
+    assert torch.allclose(b.model.forward_features(x), expected, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_init_takes_a_dino_checkpoint_and_its_own_files_and_starts_both_nets(tmp_path):
+    cfg = config()
+    source = models_of(cfg)[1].net.backbone.model.state_dict()
+    torch.save({"teacher": {f"module.backbone.{k}": v + 1 for k, v in source.items()} | {"module.head.last": torch.ones(2)},
+                "student": {}, "epoch": 3}, tmp_path / "dino.pth")
+    m = models_of(config("--init2", tmp_path / "dino.pth"))[1]
+    for net in (m.net, m.momentum_net):
+        assert all(torch.equal(v, source[k] + 1) for k, v in net.backbone.model.state_dict().items())
+
+
+@pytest.mark.parametrize("content", ["other", "text", "missing", "list"])
+def test_init_refuses_what_does_not_fit(content, tmp_path, capsys):
+    file = tmp_path / "w.pth"
+    if content == "other":
+        torch.save(torchvision.models.resnet34().state_dict(), file)
+    elif content == "text":
+        file.write_text("weights")
+    elif content == "list":
+        torch.save([torch.ones(2)], file)
+    assert mokd.main([*SMALL, *PAIR, "--init1", str(file), "--out", str(tmp_path / "o")]) == 2
+    assert "--init1" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------------------- data
+
+def picture(seed=0, size=(60, 80)):
+    g = np.random.default_rng(seed)
+    return np.kron(g.integers(0, 256, (size[0] // 10, size[1] // 10, 3)), np.ones((10, 10, 1))).astype(np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """train/ with 2 classes of 8 JPEGs, val/ with 2 of 4."""
+    for part, n in (("train", 8), ("val", 4)):
+        for c in "ab":
+            (tmp_path / "data" / part / c).mkdir(parents=True)
+            for i in range(n):
+                Image.fromarray(picture(100 * ord(c) + i)).save(tmp_path / "data" / part / c / f"{i}.jpg")
+    return tmp_path / "data"
+
+
+def test_any_image_becomes_rgb(tmp_path):
+    a = picture()
+    gray = np.asarray(Image.fromarray(a).convert("L"))
+    files = {"rgb.png": (Image.fromarray(a), a), "gray.png": (Image.fromarray(gray), gray[..., None].repeat(3, 2)),
+             "alpha.png": (Image.fromarray(np.concatenate([a, a[..., :1] // 2 + 100], 2)), a),
+             "palette.png": (Image.fromarray(a).quantize(256), a), "16bit.png": (Image.fromarray(gray.astype(np.uint16) * 257),
+                                                                               gray[..., None].repeat(3, 2)),
+             "cmyk.jpg": (Image.fromarray(a).convert("CMYK"), a), "rgb.webp": (Image.fromarray(a), a), "x.gif": (Image.fromarray(a), a)}
+    for name, (image, expected) in files.items():
+        image.save(tmp_path / name, **({"lossless": True} if "webp" in name else {"quality": 95} if "jpg" in name else {}))
+        read = mokd.read_image(str(tmp_path / name))
+        assert read.dtype == torch.uint8 and read.shape == (3, 60, 80), name
+        assert np.abs(read.numpy().transpose(1, 2, 0).astype(int) - expected).mean() < (6 if name[-3:] in ("jpg", "gif") else 1), name
+
+
+def test_crops_depend_on_seed_epoch_and_index_alone():
+    cfg = config()
+    images, _ = mokd.get_data(cfg)
+    crops = mokd.MultiCrop(images, cfg)
+    a = crops[3, 5]
+    torch.manual_seed(99)
+    before = torch.random.get_rng_state()
+    b = crops[3, 5]
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(torch.equal(x, y) for x, y in zip(a[:2], b[:2])) and a[2] == -1
+    assert a[0].shape == (2, 3, 32, 32) and a[1].shape == (2, 3, 16, 16) and a[0].dtype == torch.uint8
+    assert not torch.equal(a[0], crops[4, 5][0]) and not torch.equal(a[0], crops[3, 6][0]) and not torch.equal(a[0][0], a[0][1])
+
+
+def test_a_crop_is_torchvisions_random_resized_crop():
+    image = torch.from_numpy(picture()).permute(2, 0, 1)
+    torch.manual_seed(3)
+    ours = mokd.MultiCrop.crop(image, 32, (0.25, 1.0))
+    torch.manual_seed(3)
+    theirs = torchvision.transforms.v2.RandomResizedCrop(32, (0.25, 1.0), interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
+    assert torch.equal(ours, theirs(image))
+
+
+def test_batches_cover_each_epoch_once_without_overlap_and_resume_anywhere():
+    cfg = config("--epochs", 3)
+    whole = list(mokd.Batches(27, cfg, 0, 0, 1))
+    assert len(whole) == 9
+    for epoch in range(3):
+        seen = [i for batch in whole[3 * epoch:3 * epoch + 3] for e, i in batch if e == epoch]
+        assert len(set(seen)) == 24
+    assert whole[0] != [(0, i) for _, i in whole[3]]
+    halves = [list(mokd.Batches(27, cfg, 0, rank, 2)) for rank in range(2)]
+    assert [a + b for a, b in zip(*halves)] == whole
+    assert list(mokd.Batches(27, cfg, 4, 0, 1)) == whole[4:]
+
+
+def test_photometric_operations_equal_torchvisions_sample_by_sample():
+    cfg = config("--batch_size", 64, "--blur", 0.1, 2, "--solarize", 0.7, "--global_size", 40)
+    x = (torch.rand(128, 3, 40, 40, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
+    x[:, :, 10:20, 10:20] = torch.randint(256, (128, 1, 1, 1), dtype=torch.uint8)   # gray patches: no hue
+    p = {k: v[:128] for k, v in mokd.draw_photometric(cfg, 7).items()}
+    ours = mokd.photometric(x, p)
+    used = dict.fromkeys(p, 0)
+    names = TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue
+    for i in range(128):
+        y = x[i].float() / 255
+        one = {k: v[i] for k, v in p.items()}
+        used = {k: used[k] + int(one[k].dtype == torch.bool and bool(one[k])) for k in used}
+        y = TF.hflip(y) if one["flip"] else y
+        if one["jitter"]:
+            for op in one["order"].tolist():
+                y = names[op](y, float(one["factor"][op]))
+        y = TF.rgb_to_grayscale(y, 3) if one["grayscale"] else y
+        y = TF.gaussian_blur(y, [13, 13], [float(one["sigma"])] * 2) if one["blur"] else y
+        y = TF.solarize(y, 128 / 255) if one["solarize"] else y
+        difference = (ours[i] - y).abs()
+        if one["solarize"]:   # a pixel within rounding of the threshold may fall on either side
+            difference = torch.minimum(difference, (1 - ours[i] - y).abs() + (y - 0.5).abs().gt(0.01))
+        assert difference.max() <= 2 / 255, (i, one)
+    assert all(used[k] > 5 for k in ("flip", "jitter", "grayscale", "blur", "solarize"))
+
+
+def test_photometric_parameters_follow_the_recipe():
+    cfg = mokd.parse_args(["--batch_size", "2000", "--local_crops", "2"])
+    p = {k: v.unflatten(0, (4, 2000)) for k, v in mokd.draw_photometric(cfg, 0).items()}
+    rate = lambda name: p[name].float().mean(1).tolist()
+    assert rate("flip") == pytest.approx([0.5] * 4, abs=0.05) and rate("jitter") == pytest.approx([0.8] * 4, abs=0.04)
+    assert rate("grayscale") == pytest.approx([0.2] * 4, abs=0.04)
+    assert rate("blur") == pytest.approx([1, 0.1, 0.5, 0.5], abs=0.05) and rate("solarize") == pytest.approx([0, 0.2, 0, 0], abs=0.04)
+    low, high = p["factor"].amin((0, 1)).tolist(), p["factor"].amax((0, 1)).tolist()
+    assert low == pytest.approx([0.6, 0.6, 0.8, -0.1], abs=0.01) and high == pytest.approx([1.4, 1.4, 1.2, 0.1], abs=0.01)
+    assert p["sigma"].min() >= 0.1 and p["sigma"].max() <= 2 and len(p["order"].flatten(0, 1).unique(dim=0)) == 24
+    off = mokd.parse_args("--batch_size 50 --jitter 0 0 0 0 --grayscale 0 --blur 0 0 --solarize 0".split())
+    p = mokd.draw_photometric(off, 0)
+    assert not (p["grayscale"] | p["blur"] | p["solarize"]).any()
+    x = torch.randint(256, (500, 3, 8, 8), dtype=torch.uint8)
+    y = mokd.photometric(x, p)
+    assert torch.allclose(torch.where(p["flip"][:, None, None, None], y.flip(-1), y), x / 255, atol=1e-5)
+
+
+def test_two_processes_draw_what_one_does():
+    cfg = config()
+    whole = mokd.draw_photometric(cfg, 3)
+    parts = [mokd.draw_photometric(cfg, 3, rank, 2) for rank in range(2)]
+    for k, v in whole.items():
+        views = v.unflatten(0, (4, 8))
+        assert torch.equal(torch.cat([p[k].unflatten(0, (4, 4)) for p in parts], 1), views)
+
+
+def test_toy_pixels_are_a_poor_guide():
+    (x, y), (queries, answers) = mokd.draw_toy(800, "a"), mokd.draw_toy(400, "b")
+    assert torch.equal(mokd.draw_toy(64, "a")[0], mokd.draw_toy(64, "a")[0])
+    flat = lambda t: F.normalize(t.flatten(1).float() - 127, dim=1)
+    right = (mokd.knn_classify(flat(x), y, flat(queries)).argmax(1) == answers).float().mean()
+    assert right < 2.5 / (int(y.max()) + 1)
+
+
+def write_idx(path, array):
+    path.write_bytes(struct.pack(">BBBB", 0, 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes())
+
+
+def test_fashion_mnist_trains_gray_28_pixels(tmp_path, capsys):
+    """In the files that Debian and torchvision have."""
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    g = np.random.default_rng(0)
+    for part, n in (("train", 60), ("t10k", 20)):
+        write_idx(raw / f"{part}-images-idx3-ubyte", g.integers(0, 256, (n, 28, 28)).astype(np.uint8))
+        write_idx(raw / f"{part}-labels-idx1-ubyte", (np.arange(n) % 10).astype(np.uint8))
+    out = tmp_path / "o"
+    assert mokd.main([*SMALL, *PAIR, "--data", "fashion_mnist", "--data_root", str(tmp_path), "--out", str(out), "--knn_every", "1"]) == 0
+    records = [json.loads(line) for line in open(out / "log.jsonl")]
+    assert records[-1]["knn1"] >= 0 and records[-2]["step"] == "7/7"
+
+
+def test_a_data_set_that_cannot_be_downloaded_is_named(tmp_path, capsys, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no network")
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", fail)
+    assert mokd.main([*SMALL, *PAIR, "--data", "cifar10", "--data_root", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert "cifar10" in message and "--data_root" in message and "no network" in message
+
+
+# ----------------------------------------------------------------------------------------------------------------------- k-NN
+
+def test_knn_equals_a_double_loop_and_ignores_chunks():
+    g = torch.Generator().manual_seed(0)
+    bank, queries = (F.normalize(torch.randn(n, 6, generator=g), dim=1) for n in (50, 20))
+    labels = torch.randint(4, (50,), generator=g)
+    for k in (1, 5, 80):
+        votes = mokd.knn_classify(bank, labels, queries, k)
+        for q in range(20):
+            similarity = [(float(queries[q] @ bank[i]), int(labels[i])) for i in range(50)]
+            expected = [0.0] * 4
+            for s, label in sorted(similarity, reverse=True)[:k]:
+                expected[label] += math.exp(s / 0.07)
+            assert votes[q].tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_features_are_normalised_pooled_representations_of_labeled_images():
+    cfg = config()
+    backbones = [m.momentum_net.backbone for m in models_of(cfg)]
+    x, y = mokd.draw_toy(20, 1)
+    y[3] = -1
+    (f1, f2), labels = mokd.extract_features(backbones, mokd.EvalView(torch.utils.data.TensorDataset(x, y), 32), torch.device("cpu"), 8)
+    assert len(f1) == len(f2) == len(labels) == 19 and backbones[0].training
+    view = TF.center_crop(TF.resize(x[:1], [37], TF.InterpolationMode.BICUBIC, antialias=True), [32, 32])
+    with torch.no_grad():
+        expected = backbones[0].eval()(mokd.normalize(view.float() / 255))[0]
+    assert torch.allclose(f1[0], F.normalize(expected[0], dim=0), atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------- whole runs, by the command line
+
+def torchrun(n):
+    return ["-m", "torch.distributed.run", f"--nproc_per_node={n}", f"--master_port={random.randint(20000, 60000)}"]
+
+
+def start(out, *args, nproc=0, **popen):
+    launch = torchrun(nproc) if nproc else []
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *launch, "mokd.py", *SMALL, *PAIR, "--out", str(out), *map(str, args)], cwd=HERE, env=env,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen)
+
+
+def run(out, *args, **kwargs):
+    process = start(out, *args, **kwargs)
+    stdout, stderr = process.communicate(timeout=300)
+    assert "Traceback" not in stderr or kwargs.get("nproc"), stderr
+    return process.returncode, stdout, stderr
+
+
+def short(folder):
+    """A run of 24 short steps on 24 images."""
+    return ["--data", folder, "--batch_size", 2, "--save_every", 3, "--epochs", 2, "--log_every", 2]
+
+
+def same_weights(a, b):
+    a, b = (torch.load(f / "checkpoint.pth", weights_only=True) for f in (a, b))
+    assert a["step"] == b["step"]
+    for model in (0, 1):
+        for part in (0, 1):   # student, momentum net with its centers
+            for k, v in a["models"][model][part].items():
+                assert torch.equal(v, b["models"][model][part][k]), (model, part, k)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A whole run: (its folder, its data, its output)."""
+    root = tmp_path_factory.mktemp("whole")
+    for c in "ab":
+        (root / "data" / c).mkdir(parents=True)
+        for i in range(12):
+            Image.fromarray(picture(100 * ord(c) + i)).save(root / "data" / c / f"{i}.jpg")
+    code, stdout, stderr = run(root / "out", *short(root / "data"))
+    assert code == 0, stderr
+    return root / "out", root / "data", stdout
+
+
+def test_a_run_leaves_log_weights_and_checkpoint(uninterrupted):
+    out, _, stdout = uninterrupted
+    assert sorted(f.name for f in out.iterdir()) == ["checkpoint.pth", "log.jsonl", "model1.pth", "model2.pth"]
+    records = [json.loads(line) for line in open(out / "log.jsonl")]
+    assert [r["step"] for r in records] == [f"{s}/24" for s in range(2, 25, 2)]
+    for key in ("epoch", "sm1", "st1", "cm1", "ct1", "loss1", "sm2", "loss2", "lr1", "lr2", "images/s", "GB", "minutes_left",
+                "entropy_m1", "spread_t2"):
+        assert key in records[-1]
+    assert "timm.create_model('resnet18'" in stdout and "step 24/24" in stdout
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sigterm_in_mid_epoch_then_resume_repeats_the_run_bit_for_bit(uninterrupted, workers, tmp_path):
+    whole, data, _ = uninterrupted
+    process = start(tmp_path, *short(data), "--workers", workers)
+    while not (tmp_path / "log.jsonl").exists() or not open(tmp_path / "log.jsonl").read():
+        time.sleep(0.02)
+        assert process.poll() is None, process.communicate()
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "SIGTERM" in stderr and "Traceback" not in stderr, stderr
+    step = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["step"]
+    assert 0 < step < 24
+    code, stdout, stderr = run(tmp_path, *short(data), "--workers", workers)
+    assert code == 0 and f"at step {step}" in stdout, stderr
+    same_weights(whole, tmp_path)
+
+
+def test_sigkill_at_a_random_step_then_resume_repeats_the_run(uninterrupted, tmp_path):
+    whole, data, _ = uninterrupted
+    process = start(tmp_path, *short(data))
+    while not (tmp_path / "checkpoint.pth").exists():
+        time.sleep(0.02)
+        assert process.poll() is None, process.communicate()
+    time.sleep(random.random() * 0.5)
+    process.kill()
+    process.communicate()
+    code, stdout, stderr = run(tmp_path, *short(data))
+    assert code == 0 and "resumed" in stdout, stderr
+    same_weights(whole, tmp_path)
+    code, stdout, _ = run(tmp_path, *short(data))   # and a finished run, started again, stays as it is
+    assert code == 0 and "at step 24" in stdout
+    same_weights(whole, tmp_path)
+
+
+TWO_PROCESSES = """
+import sys, torch, mokd, test_mokd as T
+device, rank, world = mokd.setup_processes()
+cfg = T.config("--drop_path", 0, "--batch_size", 64)
+models = mokd.build_models(cfg, device, world)
+mine = lambda v: v.unflatten(0, (-1, 64))[:, rank * 64 // world:(rank + 1) * 64 // world].flatten(0, 1)
+losses, grads = T.gradients_of_step(cfg, models, [mine(v) for v in T.views_of(cfg)], T.now_of(cfg))
+losses = {k: mokd.mean_over_processes(v) for k, v in losses.items()}
+buffers = {(m.i, k): v for m in models for k, v in m.momentum_net.named_buffers()}
+if rank == 0:
+    torch.save((losses, grads, buffers), sys.argv[1])
+"""
+
+
+def test_a_step_of_two_processes_equals_one_of_one(tmp_path):
+    """Losses, gradients before clipping, batch-norm statistics and centers, with gloo on the CPU."""
+    script = tmp_path / "step.py"
+    script.write_text(TWO_PROCESSES)
+    results = []
+    for n in (1, 2):
+        out = tmp_path / str(n)
+        subprocess.run([sys.executable, *(torchrun(n) if n > 1 else []), script, out], check=True, capture_output=True,
+                       env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": HERE})
+        results.append(torch.load(out, weights_only=True))
+    for a, b, tolerance in zip(*results, (2e-5, 1e-3, 1e-5)):
+        assert a.keys() == b.keys()
+        for k in a:
+            assert (a[k] - b[k]).abs().max() <= tolerance * max(1e-3, a[k].abs().max()), k
+
+
+def test_a_run_of_two_processes_follows_that_of_one(tmp_path):
+    """Through the command line: the first losses agree to rounding, so crops, photometric draws and shares are the same;
+    rounding then grows from step to step, as it does between any two machines."""
+    args = ["--drop_path", 0, "--batch_size", 1024, "--log_every", 1, "--knn_every", 1, "--cnn_lr", 0.01, "--vit_lr", 1e-4]
+    results = [run(tmp_path / str(n), *args, nproc=n) for n in (0, 2)]
+    assert [r[0] for r in results] == [0, 0], results[1][2]
+    logs = [[json.loads(line) for line in open(tmp_path / str(n) / "log.jsonl")] for n in (0, 2)]
+    assert len(logs[0]) == len(logs[1]) == 5
+    for step, (a, b) in enumerate(zip(*logs)):
+        for k in a:
+            if re.fullmatch("(sm|st|cm|ct|loss)[12]", k):
+                assert a[k] == pytest.approx(b[k], rel=2e-5 if step == 0 else 3e-2), (step, k)
+            if k.startswith("knn"):
+                assert a[k] == pytest.approx(b[k], abs=1.5)
+
+
+@pytest.mark.parametrize("args, word", [
+    (["--seed", 3], "--seed was 0, is 3"), (["--t_norm", "on"], "--t_norm"), (["--lambda2", 0.3], "--lambda2")])
+def test_other_settings_are_listed_and_refused(uninterrupted, args, word, capsys):
+    out, data, _ = uninterrupted
+    before = (out / "checkpoint.pth").read_bytes()
+    assert mokd.main([*SMALL, *PAIR, "--out", str(out), *map(str, short(data)), *map(str, args)]) == 2
+    assert word in capsys.readouterr().err and (out / "checkpoint.pth").read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_named(uninterrupted, tmp_path, capsys):
+    out, data, _ = uninterrupted
+    whole = (out / "checkpoint.pth").read_bytes()
+    for content in (whole[:len(whole) // 2], b"", b"no checkpoint"):
+        (tmp_path / "checkpoint.pth").write_bytes(content)
+        assert mokd.main([*SMALL, *PAIR, "--out", str(tmp_path), *map(str, short(data))]) == 2
+        assert "checkpoint.pth" in capsys.readouterr().err and (tmp_path / "checkpoint.pth").read_bytes() == content
+
+
+def fail(args, capsys):
+    code = mokd.main([*SMALL, *PAIR, *map(str, args)])
+    return code, capsys.readouterr().err
+
+
+def test_a_missing_folder_an_empty_class_and_images_without_classes(folder, tmp_path, capsys):
+    for data, word in ((tmp_path / "nowhere", "no such folder"), (folder, "empty")):
+        (folder / "train" / "empty").mkdir(exist_ok=True)
+        code, message = fail(["--data", data, "--out", tmp_path / "o"], capsys)
+        assert code == 2 and word in message and "--data" in message
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    Image.fromarray(picture()).save(flat / "a.jpg")
+    code, message = fail(["--data", flat, "--out", tmp_path / "o"], capsys)
+    assert code == 2 and "flat/all" in message
+
+
+def test_too_few_images_or_no_validation_part_is_named(folder, tmp_path, capsys):
+    code, message = fail(["--data", folder, "--batch_size", 64], capsys)
+    assert code == 2 and "16 images" in message
+    code, message = fail(["--data", folder / "train", "--knn_every", 1], capsys)
+    assert code == 2 and "val" in message
+
+
+def test_unreadable_images_are_named_and_skipped_or_stop_the_run(tmp_path, capsys):
+    root = tmp_path / "data" / "all"
+    root.mkdir(parents=True)
+    good = picture()
+    for i in range(120):
+        Image.fromarray(good).save(root / f"{i:03}.jpg")
+    whole = (root / "000.jpg").read_bytes()
+    (root / "007.jpg").write_bytes(whole[:len(whole) // 3])
+    args = ["--data", tmp_path / "data", "--out", tmp_path / "o"]
+    code, message = fail(args, capsys)
+    assert code == 0 and message.count("007.jpg") == 1
+    (root / "008.jpg").write_text("not an image")
+    code, message = fail([*args, "--seed", 1, "--out", tmp_path / "p"], capsys)
+    assert code == 1 and "2 of 120" in message and "007.jpg" in message and "008.jpg" in message
+    for i in range(120):
+        (root / f"{i:03}.jpg").write_text("not an image")
+    code, message = fail([*args, "--out", tmp_path / "q"], capsys)
+    assert code == 1 and "cannot be read" in message
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(uninterrupted, tmp_path, capsys, monkeypatch):
+    _, data, _ = uninterrupted
+    real, count = mokd.cross_entropy, []
+
+    def broken(p, s, student_temp):
+        count.append(0)
+        return real(p, s, student_temp) * (math.nan if len(count) > 8 * 4 * 7 else 1)   # from the 8th step on
+    monkeypatch.setattr(mokd, "cross_entropy", broken)
+    code, message = fail(["--out", tmp_path, *short(data), "--log_every", 100], capsys)
+    assert code == 1 and "step 7: sm1" in message and "not finite" in message
+    assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["step"] == 6
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    cfg = config("--out", tmp_path)
+    models = models_of(cfg)
+    models[1].net.mlp_head.mlp[0].weight.data[0, 0] = math.nan
+    with pytest.raises(mokd.Stop, match="model 2"):
+        mokd.save(cfg, models, 5, torch.amp.GradScaler(enabled=False))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_out_folder_that_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    code, message = fail(["--out", tmp_path / "file" / "x"], capsys)
+    assert code == 2 and "--out" in message and "file" in message
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(uninterrupted, tmp_path):
+    import resource
+    _, data, _ = uninterrupted
+
+    def no_room():   # files above 100 kB cannot be written: what a full disk does to a checkpoint
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    code, _, stderr = run(tmp_path, *short(data), preexec_fn=no_room)
+    assert code == 1 and "training goes on" in stderr and "make room there and start again" in stderr
+    assert not (tmp_path / "checkpoint.pth").exists()
+
+
+def test_a_batch_that_does_not_divide_by_the_processes_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mokd, "setup_processes", lambda: (torch.device("cpu"), 0, 3))
+    code, message = fail(["--out", tmp_path], capsys)
+    assert code == 2 and "--batch_size 8" in message and "3 processes" in message
+
+
+def test_a_collapse_is_reported(uninterrupted, tmp_path, capsys, monkeypatch):
+    _, data, _ = uninterrupted
+    real = mokd.MLPHead.forward
+    monkeypatch.setattr(mokd.MLPHead, "forward", lambda self, x: real(self, 0 * x))   # the same for every image
+    code, message = fail(["--out", tmp_path, *short(data)], capsys)
+    assert code == 0 and "collapse" in message and "m1, m2" in message
+    monkeypatch.undo()
+    code, message = fail(["--out", tmp_path / "2", *short(data)], capsys)
+    assert code == 0 and "m2" not in message
+
+
+def test_target_statistics_are_entropy_and_mutual_information():
+    cfg = config()
+    models = models_of(cfg)
+    sure = 1000 * F.one_hot(torch.arange(8) % 4, 32).float().view(2, 4, 32)
+    stats = mokd.target_statistics(dict(m1=sure, t1=torch.zeros(2, 4, 32), m2=None, t2=None), models, now_of(cfg))
+    assert stats["entropy_m1"] == pytest.approx(0, abs=1e-5) and stats["spread_m1"] == pytest.approx(math.log(4), rel=1e-5)
+    assert stats["entropy_t1"] == pytest.approx(math.log(32), rel=1e-5) and stats["spread_t1"] == pytest.approx(0, abs=1e-5)
+
+
+def test_preview_shows_every_view(folder, tmp_path, capsys):
+    assert mokd.main([*SMALL, *PAIR, "--data", str(folder), "--preview", str(tmp_path / "p.png")]) == 0
+    image = np.asarray(Image.open(tmp_path / "p.png"))
+    assert image.shape == (6 * 34 + 2, 4 * 34 + 2, 3) and len(np.unique(image)) > 100
+    assert fail(["--preview", tmp_path / "no" / "p.png"], capsys)[0] == 2
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_low_precision_trains_both_models(dtype, tmp_path, uninterrupted):
+    _, data, _ = uninterrupted
+    assert mokd.main([*SMALL, *PAIR, *map(str, short(data)), "--out", str(tmp_path), "--dtype", dtype]) == 0
+    last = json.loads(open(tmp_path / "log.jsonl").readlines()[-1])
+    whole = json.loads(open(uninterrupted[0] / "log.jsonl").readlines()[-1])
+    assert last["sm1"] == pytest.approx(whole["sm1"], rel=0.05) and last["sm1"] != whole["sm1"]
+
+
+@pytest.mark.slow
+def test_compiled_models_take_the_same_steps(tmp_path, uninterrupted):
+    out, data, _ = uninterrupted
+    code, _, stderr = run(tmp_path, *short(data), "--compile")
+    assert code == 0, stderr
+    a, b = (json.loads(open(f / "log.jsonl").readlines()[0]) for f in (out, tmp_path))
+    assert a["loss1"] == pytest.approx(b["loss1"], rel=1e-3) and a["loss2"] == pytest.approx(b["loss2"], rel=1e-3)
+
+
+def test_benchmark_prints_where_the_time_goes(folder, capsys):
+    assert mokd.main([*SMALL, *PAIR, "--data", str(folder), "--benchmark", "2"]) == 0
+    text = capsys.readouterr().out
+    for word in ("kept on the device", "through the loader", "images/s", "forward", "backward", "update", "peak memory", "GFLOP"):
+        assert word in text
+
+
+def test_a_demo_ends_with_its_table(tmp_path, monkeypatch, capsys):
+    """At a fraction of its length; how far the nets rise is in the README."""
+    monkeypatch.setattr(mokd, "draw_toy", lambda n, part, draw=mokd.draw_toy: draw(n // 16, part))
+    assert mokd.main(["--demo", "--epochs", "1", "--out", str(tmp_path)]) == 0
+    table = capsys.readouterr().out.split("k-NN top-1")[1].splitlines()
+    assert "raw pixels" in table[1] and re.search(r"resnet18 +\d+\.\d +\d+\.\d", table[2]) and "vit_tiny" in table[3]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_step_waits_for_the_gpu():
+    cfg = mokd.parse_args([*SMALL, *PAIR])
+    cfg.dtype = "bf16"
+    device = torch.device("cuda")
+    models = mokd.build_models(cfg, device)
+    images, _ = mokd.get_data(cfg)
+    crops = [c.pin_memory() for c in torch.utils.data.default_collate([mokd.MultiCrop(images, cfg)[0, i] for i in range(8)])]
+    for step in range(3):
+        torch.cuda.set_sync_debug_mode("error" if step == 2 else "default")
+        mokd.train_step(*models, mokd.make_views(crops, cfg, device, step), cfg, now_of(cfg))
+    torch.cuda.set_sync_debug_mode("default")
