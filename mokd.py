@@ -15,17 +15,7 @@ Names are Algorithm 1's: m and t are logits of the MLP-Head and the T-Head, Z is
 momentum net. In shapes, B is the images of one process, V = 2 + L the views of an image (2 global, then L local), K the
 logits of a head, C a backbone's channels, N its tokens.
 """
-import argparse
-import ast
-import copy
-import functools
-import hashlib
-import json
-import math
-import os
-import signal
-import sys
-import time
+import argparse, ast, copy, functools, hashlib, json, math, os, signal, sys, time   # noqa: E401
 from collections import namedtuple
 from dataclasses import asdict, dataclass, field, fields
 
@@ -48,7 +38,6 @@ class Stop(Exception):
         self.code = code
 
 # ------------------------------------------------------------------------------------------------------- settings
-
 def flag(default, help, low=0, high=math.inf, group=None, choices=None, resume=False):
     """One setting: a number lies between low and high, `group` opens a group of --help, `resume` lets a resumed run change it."""
     default = dict(default_factory=dict) if default == {} else dict(default=default)
@@ -200,23 +189,19 @@ def check(cfg):
         if getattr(cfg, name)[0] > getattr(cfg, name)[1]:
             raise Stop(f"--{name}: give the smaller number first")
     losses = cfg.losses.split(",")
-    if "sm" not in losses or not {*losses} <= {"sm", "cm", "st", "ct"}:
-        raise Stop(f"--losses {cfg.losses}: give sm and any of cm,st,ct")
-    if cfg.t_dim % cfg.t_heads:
-        raise Stop(f"--t_dim {cfg.t_dim} does not divide by --t_heads {cfg.t_heads}: change either")
-    if cfg.warmup_epochs > cfg.epochs:
-        raise Stop(f"--warmup_epochs {cfg.warmup_epochs} is more than --epochs {cfg.epochs}: lower it")
-    if cfg.search == "local" and not cfg.local_crops:
-        raise Stop("--search local needs --local_crops of at least 1")
-    if cfg.jitter[3] > 0.5:
-        raise Stop(f"--jitter: its last number, for the hue, is {cfg.jitter[3]} and must be at most 0.5")
-    if cfg.preview and not cfg.preview.endswith(".png"):
-        raise Stop(f"--preview {cfg.preview}: give a name that ends in .png")
+    for wrong, sentence in (
+            ("sm" not in losses or not {*losses} <= {"sm", "cm", "st", "ct"}, f"--losses {cfg.losses}: give sm and any of cm,st,ct"),
+            (cfg.t_dim % cfg.t_heads, f"--t_dim {cfg.t_dim} does not divide by --t_heads {cfg.t_heads}: change either"),
+            (cfg.warmup_epochs > cfg.epochs, f"--warmup_epochs {cfg.warmup_epochs} is more than --epochs {cfg.epochs}: lower it"),
+            (cfg.search == "local" and not cfg.local_crops, "--search local needs --local_crops of at least 1"),
+            (cfg.jitter[3] > 0.5, f"--jitter: its last number, for the hue, is {cfg.jitter[3]} and must be at most 0.5"),
+            (cfg.preview and not cfg.preview.endswith(".png"), f"--preview {cfg.preview}: give a name that ends in .png")):
+        if wrong:
+            raise Stop(sentence)
     cfg.out = cfg.out or f"runs/{cfg.arch1}-{cfg.arch2}"
     return cfg
 
 # --------------------------------------------------------------------------------------------- processes and seeds
-
 def setup_processes():
     """-> (device, rank, world). Under torchrun joins the process group: NCCL for GPUs, gloo for the CPU. Raises Stop."""
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -255,7 +240,6 @@ def generator(*key):
     return torch.Generator().manual_seed(seed_of(*key))
 
 # ----------------------------------------------------------------------------------------------------- data: images
-
 TRAIN, SPLIT = (dict(train=True), dict(train=False)), (dict(split="train"), dict(split="test"))
 TRAINVAL = dict(split="trainval"), dict(split="test")
 TORCHVISION = {   # --data -> class of torchvision.datasets, its arguments for training and for validation
@@ -349,7 +333,6 @@ def name_of(images, index):
     return images.samples[index][0] if hasattr(images, "samples") else f"image {index}"
 
 # ------------------------------------------------------------------------------------------------ data: views (A.1)
-
 class MultiCrop(torch.utils.data.Dataset):
     """(epoch, index) -> uint8 crops (2, 3, S, S) and (L, 3, s, s) of an image, and its index if it could not be read, else
     -1; the next readable image takes its place."""
@@ -375,20 +358,16 @@ class MultiCrop(torch.utils.data.Dataset):
         top, left, height, width = RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3])
         return TF.resized_crop(image, top, left, height, width, [size, size], TF.InterpolationMode.BICUBIC, antialias=True)
 
-class Batches:
-    """This process's keys of every global batch from step `start` to the end of training. Each epoch has its own order,
-    the processes' shares do not overlap, an incomplete last batch is left out."""
-    def __init__(self, n, cfg, start, rank, world):
-        self.n, self.cfg, self.start, self.rank, self.share = n, cfg, start, rank, cfg.batch_size // world
-        self.per_epoch = n // cfg.batch_size
-
-    def __iter__(self):
-        for step in range(self.start, self.cfg.epochs * self.per_epoch):
-            epoch, i = divmod(step, self.per_epoch)
-            if i == 0 or step == self.start:
-                order = torch.randperm(self.n, generator=generator(self.cfg.seed, "order", epoch)).tolist()
-            first = i * self.cfg.batch_size + self.rank * self.share
-            yield [(epoch, index) for index in order[first:first + self.share]]
+def batches(n, cfg, start=0, rank=0, world=1):
+    """Yields this process's keys (epoch, index) of each global batch, from step `start` to the end of training. An epoch has
+    its own order, the processes' shares do not overlap, an incomplete last batch is left out."""
+    per_epoch, share = n // cfg.batch_size, cfg.batch_size // world
+    for step in range(start, cfg.epochs * per_epoch):
+        epoch, i = divmod(step, per_epoch)
+        if i == 0 or step == start:
+            order = torch.randperm(n, generator=generator(cfg.seed, "order", epoch)).tolist()
+        first = i * cfg.batch_size + rank * share
+        yield [(epoch, index) for index in order[first:first + share]]
 
 def quiet_worker(_):
     """Signals are for the training process, which writes a checkpoint and then ends its workers."""
@@ -400,19 +379,10 @@ def make_loader(dataset, device, workers, **options):
                                        worker_init_fn=quiet_worker, **options)
 
 # Photometric operations on a batch x (n, 3, H, W) in [0, 1] with a factor f (n, 1, 1, 1) for each image: what
-# torchvision's functions of the same names do to one image.
+# torchvision's adjust_brightness, ..., gaussian_blur and solarize do to one image.
 
 def luma(x):
-    return (x * x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
-
-def adjust_brightness(x, f):
-    return (f * x).clamp(0, 1)
-
-def adjust_contrast(x, f):
-    return torch.lerp(luma(x).mean((1, 2, 3), keepdim=True), x, f).clamp(0, 1)
-
-def adjust_saturation(x, f):
-    return torch.lerp(luma(x), x, f).clamp(0, 1)
+    return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
 
 def adjust_hue(x, f):
     """Turn the hue by f of a full circle. Of value v, chroma c and hue h, in sixths of the circle, a color's channels are
@@ -421,7 +391,7 @@ def adjust_hue(x, f):
     c = v - x.amin(1, keepdim=True)
     d = c.clamp_min(1e-8)
     h = torch.where(v == r, (g - b) / d, torch.where(v == g, (b - r) / d + 2, (r - g) / d + 4))
-    k = (h + 6 * f + x.new_tensor([5, 3, 1]).view(3, 1, 1)) % 6
+    k = (h + 6 * f + torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)) % 6
     return v - c * torch.minimum(k, 4 - k).clamp(0, 1)
 
 def gaussian_blur(x, sigma, radius=6):
@@ -436,10 +406,10 @@ def gaussian_blur(x, sigma, radius=6):
         weight / weight.sum(-1, keepdim=True)).expand(-1, 1, size, -1))
     return G @ x @ G.mT
 
-def solarize(x):
-    return torch.where(x < 128 / 255, x, 1 - x)
-
-JITTER = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+JITTER = (lambda x, f: (f * x).clamp(0, 1),                                                     # brightness
+          lambda x, f: torch.lerp(luma(x).mean((1, 2, 3), keepdim=True), x, f).clamp(0, 1),     # contrast
+          lambda x, f: torch.lerp(luma(x), x, f).clamp(0, 1),                                   # saturation
+          adjust_hue)
 
 def draw_photometric(cfg, step, rank=0, world=1):
     """What happens to each view in a step: a dict of CPU tensors (VB, ...), view by view. Drawn from (seed, step) for the
@@ -469,12 +439,15 @@ def photometric(x, p):
             apply(operation, p["jitter"] & (p["order"][:, place] == i), p["factor"][:, i])
     apply(lambda y: luma(y).expand(-1, 3, -1, -1), p["grayscale"])
     apply(gaussian_blur, p["blur"], p["sigma"])
-    apply(solarize, p["solarize"])
+    apply(lambda y: torch.where(y < 128 / 255, y, 1 - y), p["solarize"])
     return x
 
+@functools.cache
+def mean_and_std(device):   # of ImageNet's channels
+    return torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=device).view(2, 3, 1, 1)
+
 def normalize(x):
-    mean, std = (x.new_tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-    return (x - mean) / std
+    return (x - mean_and_std(x.device)[0]) / mean_and_std(x.device)[1]
 
 def make_views(crops, cfg, device, step, rank=0, world=1):
     """A batch of the loader -> views as the networks get them, by resolution: [(2B, 3, S, S), (LB, 3, s, s)], view by view
@@ -489,7 +462,6 @@ def make_views(crops, cfg, device, step, rank=0, world=1):
     return views
 
 # ----------------------------------------------------------------------------------------------- backbones (3.1)
-
 TIMM_NAMES = {"vit_tiny": "vit_tiny_patch16_224", "vit_small": "vit_small_patch16_224", "vit_base": "vit_base_patch16_224",
               "mobilenetv3_large": "mobilenetv3_large_100"}
 
@@ -573,7 +545,6 @@ def load_backbone(backbone, file, flag):
     backbone.model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
 
 # ---------------------------------------------------------------------------------- heads (3.1, 3.4) and search (3.3)
-
 def last_layer(in_dim, out_dim, learn_gain=True):
     """Weight-normalized linear layer: gain * direction / |direction| for each logit, no bias, gain 1 at the start."""
     layer = weight_norm(nn.Linear(in_dim, out_dim, bias=False))
@@ -670,13 +641,12 @@ def search(t_, query, Z_, pairs):
     """t_s = t_(Z, Z_) of Algorithm 1, the cross-attention feature search (3.3, Fig. 3): the T-Head t_ of a momentum net on its
     tokens Z_ (2B, N, C) of the global views with the other student's queries (VB, dim) -> logits (pairs, B, K)."""
     B = len(Z_) // 2
-    query = query.unflatten(0, (-1, B))
-    pooled = [t_.pool(Z_[g * B:(g + 1) * B], query[[v for h, v in pairs if h == g]].flatten(0, 1)) for g in range(2)
-              if any(h == g for h, v in pairs)]
+    query = query.split(B)
+    pooled = [t_.pool(Z_[g * B:(g + 1) * B], torch.cat([query[v] for h, v in pairs if h == g])) for g in range(2)
+              if any(h == g for h, _ in pairs)]
     return t_.last(torch.cat(pooled)).unflatten(0, (-1, B))
 
 # --------------------------------------------------------------------------------------------------- losses (3.2, 3.3)
-
 def target(t, center=0.0, teacher_temp=0.07):
     """Momentum logits -> the distribution that a student learns, softmax((t - c) / tau'), without gradient (A.1)."""
     return ((t.detach().float() - center) / teacher_temp).softmax(-1)
@@ -700,7 +670,6 @@ def multi_crop_H(t, s, center=0.0, teacher_temp=0.07, student_temp=0.1, pairs=No
                for v in sorted({v for _, v in pairs})) / len(pairs)
 
 # ------------------------------------------------------------------------------------------------- schedules (A.1)
-
 def cosine_schedule(step, steps, start, end, warmup=0):
     """From 0 to start in a straight line over `warmup` steps, then by half a cosine to end at `steps`."""
     if step < warmup:
@@ -722,7 +691,6 @@ def schedule(cfg, step, per_epoch):
     return Now(step, epoch, (step, steps, cfg.warmup_epochs * per_epoch), cosine_schedule(step, steps, cfg.ema, 1.0), *temps)
 
 # ---------------------------------------------------------------------- the two models: what each has of its own (A.1)
-
 class SumOverProcesses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -769,7 +737,7 @@ class Model:
                 sync_batch_norm(net, device)
             if cfg.compile:
                 net.compile(dynamic=False)
-        self.t, self.t_ = self.net.t_head, self.momentum_net.t_head
+        self.n_, self.t, self.t_ = self.momentum_net, self.net.t_head, self.momentum_net.t_head
         for name in ("C_m", "C_t"):
             self.momentum_net.register_buffer(name, torch.zeros(1, cfg.out_dim, device=device))
         self.C_m, self.C_t = self.momentum_net.C_m, self.momentum_net.C_t
@@ -803,11 +771,7 @@ class Model:
         torch.manual_seed(seed_of(self.cfg.seed, "stochastic depth", self.i, now.step, rank))
         return self.forward(x)
 
-    def n_(self, x):
-        return self.momentum_net(x)
-
-    def temp(self, now):
-        """tau' of this model's self-distillation."""
+    def temp(self, now):   # tau' of self-distillation
         return now.temp_cnn if self.family == "cnn" else now.temp
 
     def update(self, now, scaler):
@@ -847,7 +811,6 @@ class Model:
             part.load_state_dict(saved)
 
 # ----------------------------------------------------------------------------------------------------- Algorithm 1
-
 def autocast(cfg, device):
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(cfg.dtype)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
@@ -908,7 +871,6 @@ def train_step(model1, model2, x, cfg, now, scaler=None, tick=lambda part: None)
     return {name: loss.detach() for name, loss in parts.items()}, dict(m1=m1_, t1=t1_, m2=m2_, t2=t2_)
 
 # --------------------------------------------------------------------------------------------------------- k-NN (A.2)
-
 class EvalView(torch.utils.data.Dataset):
     """index -> (center crop (3, S, S) uint8, label): the shorter side to `resize`, then the middle. An unreadable image is
     named, gets label -1 and is left out by extract_features."""
@@ -977,7 +939,6 @@ def knn_accuracy(backbones, train, val, cfg, device, rank=0, world=1):
     return (100 * counts[:-1] / counts[-1]).tolist()
 
 # ------------------------------------------------------------------------------------------------ checkpoints and log
-
 def write(value, path):
     """torch.save by way of a temporary file: a file under its own name is always whole."""
     torch.save(value, path + ".tmp")
@@ -1063,19 +1024,19 @@ def log(cfg, record, last=True):
         print(("\r\033[K" if terminal else "") + line, end="" if terminal and not last else "\n", flush=True)
 
 # ----------------------------------------------------------------------------------------------------------- training
-
 def train(cfg, models, images, val, device, rank, world):
     """Train to the end, from --out's checkpoint if there is one. Raises Stop, on a signal after writing one."""
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16")
     first = step = since = resume(cfg, models, scaler)
-    batches = Batches(len(images), cfg, first, rank, world)
-    steps, save_every = cfg.epochs * batches.per_epoch, cfg.save_every or batches.per_epoch
+    per_epoch = len(images) // cfg.batch_size
+    steps, save_every = cfg.epochs * per_epoch, cfg.save_every or per_epoch
     caught, bad, window, start = set(), set(), [], time.time()
     clock, stops = start, (signal.SIGTERM, signal.SIGINT)
     for s in stops:
         signal.signal(s, lambda number, frame: caught.add(number))
-    for crops in make_loader(MultiCrop(images, cfg), device, cfg.workers, batch_sampler=batches):
-        now = schedule(cfg, step, batches.per_epoch)
+    keys = batches(len(images), cfg, first, rank, world)
+    for crops in make_loader(MultiCrop(images, cfg), device, cfg.workers, batch_sampler=keys):
+        now = schedule(cfg, step, per_epoch)
         losses, logits = train_step(*models, make_views(crops, cfg, device, step, rank, world), cfg, now, scaler)
         window.append(losses)
         step += 1
@@ -1091,7 +1052,7 @@ def train(cfg, models, images, val, device, rank, world):
             raise Stop(f"--data {cfg.data}: {unreadable} of {len(images)} images cannot be read, more than 1 %: mend or remove "
                        f"those named above", code=1)
 
-        end_of_epoch = step % batches.per_epoch == 0
+        end_of_epoch = step % per_epoch == 0
         logging = step % cfg.log_every == 0 or step == steps
         saving = any(stopped) or step % save_every == 0 or step == steps
         if logging or saving:
@@ -1138,20 +1099,21 @@ def benchmark(cfg, models, images, device, rank, world):
         parts[part] = parts.get(part, 0.0) - clock[0]
         clock[0] = time.perf_counter()
         parts[part] += clock[0]
-    def step(batches):
-        crops = next(batches)
+    def step(source):
+        crops = next(source)
         tick("waiting for data")
         x = make_views(crops, cfg, device, 0, rank, world)
         tick("augment")
         train_step(*models, x, cfg, schedule(long, 0, 10 ** 6), scaler, tick)
-    loaded = iter(make_loader(MultiCrop(images, cfg), device, cfg.workers, batch_sampler=Batches(len(images), long, 0, rank, world)))
+    keys = batches(len(images), long, 0, rank, world)
+    loaded = iter(make_loader(MultiCrop(images, cfg), device, cfg.workers, batch_sampler=keys))
     kept = [c.to(device) for c in next(loaded)]
-    for name, batches in (("one batch kept on the device", iter(lambda: kept, None)), ("through the loader", loaded)):
+    for name, source in (("one batch kept on the device", iter(lambda: kept, None)), ("through the loader", loaded)):
         for i in range(3 + cfg.benchmark):
             if i == 3:   # the first steps allocate, tune and compile
                 parts.clear()
                 start = clock[0] = time.perf_counter()
-            step(batches)
+            step(source)
         ms = (time.perf_counter() - start) * 1000 / cfg.benchmark
         say(f"{name}: {1000 * cfg.batch_size / ms:.1f} images/s, {ms:.1f} ms a step: "
             + ", ".join(f"{part} {1000 * s / cfg.benchmark:.1f}" for part, s in parts.items()))
@@ -1167,10 +1129,9 @@ def preview(cfg, images, device):
     """Write the views of the first images to a PNG, a row an image, as the networks get them."""
     n = cfg.batch_size = min(6, len(images))
     crops = torch.utils.data.default_collate([MultiCrop(images, cfg)[0, i] for i in range(n)])
-    mean, std = normalize(torch.zeros(3, 1, 1)), normalize(torch.ones(3, 1, 1))
-    columns = []
+    (mean, std), columns = mean_and_std(torch.device("cpu")), []
     for x in make_views(crops, cfg, device, 0):
-        x = ((x.cpu() - mean) / (std - mean)).unflatten(0, (-1, n))
+        x = (x.cpu() * std + mean).unflatten(0, (-1, n))
         columns += [*F.pad(x, [0, max(0, cfg.global_size - x.shape[-1])] * 2)[..., :cfg.global_size, :cfg.global_size]]
     try:
         torchvision.utils.save_image(torch.stack(columns, 1).flatten(0, 1), cfg.preview, nrow=len(columns))
@@ -1179,7 +1140,6 @@ def preview(cfg, images, device):
     say(f"wrote {cfg.preview}: {n} images, a row each: 2 global and {cfg.local_crops} local views")
 
 # --------------------------------------------------------------------------------------------------------------- main
-
 def build_models(cfg, device, world=1):
     """-> [Model, Model]. Each has its own seed, so neither depends on its partner. Fills in the settings that depend on the
     backbones: lambda1 and lambda2 (4.5, A.1) and t_dim 0."""

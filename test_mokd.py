@@ -771,15 +771,15 @@ def test_a_crop_is_torchvisions_random_resized_crop():
 
 def test_batches_cover_each_epoch_once_without_overlap_and_resume_anywhere():
     cfg = config("--epochs", 3)
-    whole = list(mokd.Batches(27, cfg, 0, 0, 1))
+    whole = list(mokd.batches(27, cfg, 0, 0, 1))
     assert len(whole) == 9
     for epoch in range(3):
         seen = [i for batch in whole[3 * epoch:3 * epoch + 3] for e, i in batch if e == epoch]
         assert len(set(seen)) == 24
     assert whole[0] != [(0, i) for _, i in whole[3]]
-    halves = [list(mokd.Batches(27, cfg, 0, rank, 2)) for rank in range(2)]
+    halves = [list(mokd.batches(27, cfg, 0, rank, 2)) for rank in range(2)]
     assert [a + b for a, b in zip(*halves)] == whole
-    assert list(mokd.Batches(27, cfg, 4, 0, 1)) == whole[4:]
+    assert list(mokd.batches(27, cfg, 4, 0, 1)) == whole[4:]
 
 
 def test_photometric_operations_equal_torchvisions_sample_by_sample():
@@ -1172,13 +1172,23 @@ def test_preview_shows_every_view(folder, tmp_path, capsys):
     assert fail(["--preview", tmp_path / "no" / "p.png"], capsys)[0] == 2
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_low_precision_trains_both_models(dtype, tmp_path, uninterrupted):
-    _, data, _ = uninterrupted
-    assert mokd.main([*SMALL, *PAIR, *map(str, short(data)), "--out", str(tmp_path), "--dtype", dtype]) == 0
-    last = json.loads(open(tmp_path / "log.jsonl").readlines()[-1])
-    whole = json.loads(open(uninterrupted[0] / "log.jsonl").readlines()[-1])
-    assert last["sm1"] == pytest.approx(whole["sm1"], rel=0.05) and last["sm1"] != whole["sm1"]
+def test_low_precision_takes_the_same_steps():
+    """bf16, and fp16 with its loss scaled. (Stride 8: on CPUs with AMX, PyTorch 2.15's bf16 weight gradient of a strided 3x3
+    convolution of a 1x1 map is garbage.)"""
+    losses, moved = {}, {}
+    for dtype in ("fp32", "bf16", "fp16"):
+        cfg = config("--model_kwargs1", *CNN, "output_stride=8", "--drop_path", 0, "--dtype", dtype)
+        cfg.dtype = dtype
+        models = models_of(cfg)
+        start = [p.clone() for m in models for p in m.params]
+        scaler = torch.amp.GradScaler("cpu", enabled=dtype == "fp16")
+        losses[dtype] = mokd.train_step(*models, views_of(cfg), cfg, now_of(cfg), scaler)[0]
+        moved[dtype] = torch.cat([(p - s).detach().flatten() for p, s in zip((p for m in models for p in m.params), start)])
+    for dtype in ("bf16", "fp16"):
+        for name, value in losses["fp32"].items():
+            assert losses[dtype][name] == pytest.approx(float(value), rel=0.03), (dtype, name)
+        assert losses[dtype]["sm1"] != losses["fp32"]["sm1"]
+        assert moved[dtype].isfinite().all() and F.cosine_similarity(moved[dtype], moved["fp32"], dim=0) > 0.5
 
 
 @pytest.mark.slow
