@@ -46,16 +46,14 @@ def flag(default, help, low=0, high=math.inf, group=None, choices=None, resume=F
 @dataclass
 class Config:
     """Every setting, its source in brackets; Config() is the paper's ImageNet recipe. The command line is made of it."""
-    arch1: str = flag("resnet50", "backbone 1: resnet18/34/50/101, vit_tiny/small/base, efficientnet_b0, mobilenetv3_large or any "
-                      "timm model [Tables 1, S1]", group="models")
+    arch1: str = flag("resnet50", "backbone 1: a name of the paper's, or any timm model [Tables 1, S1]", group="models")
     arch2: str = flag("vit_small", "backbone 2, perhaps the same [Tables 1, S1]")
     patch_size: int = flag(16, "patch of vit_tiny/small/base, pixels [A.1]", low=1)
     model_kwargs1: dict = flag({}, "arguments of timm.create_model for backbone 1, e.g. channels=16,32,64,128")
     model_kwargs2: dict = flag({}, "the same for backbone 2")
     init1: str = flag("", "start backbone 1 from this file: a model1.pth, or a timm, torchvision or DINO state dict")
     init2: str = flag("", "the same for backbone 2")
-    vit_pool: str = flag("mean", "what an MLP-Head reads of a ViT, and its query: the mean of the patch tokens [3.2], or the CLS "
-                         "token [released code]", choices=("mean", "cls"))
+    vit_pool: str = flag("mean", "a ViT's pooled feature: its patches' mean [3.2], or CLS [released code]", choices=("mean", "cls"))
     drop_path: float = flag(0.1, "stochastic depth of a student ViT [released code]", high=0.9)
 
     out_dim: int = flag(65536, "K, logits of every head [A.1]", low=2, group="heads")
@@ -66,15 +64,11 @@ class Config:
     t_heads: int = flag(6, "attention heads of a T-Head [3.4]", low=1)
     t_norm: bool = flag(False, "L2-normalize a T-Head's mean token before its last layer; off [released code]")
 
-    recipe: str = flag("paper", "release: every default in which the authors' released code differs from the paper",
-                       group="losses", choices=("paper", "release"), resume=True)
-    losses: str = flag("sm,cm,st,ct", "self- and cross-distillation of MLP- and T-Heads, any subset with sm; sm alone is two "
-                       "independent DINO runs [Table 7]")
-    lambda1: float = flag(None, "weight of cross-distillation in loss 1; unset: 1 for the larger backbone, 0.1 for the smaller, 1 "
-                          "for both of one architecture [4.5, A.1]; CNN 1, ViT 0.1 [released code]")
-    lambda2: float = flag(None, "the same in loss 2")
-    search: str = flag("all", "which views search: all pairs of different views [Alg. 1 on multi-crop], its two global pairs "
-                       "alone, or each local view in global view 0 [released code]", choices=("all", "global", "local"))
+    recipe: str = flag("paper", "whose defaults", group="losses", choices=("paper", "release"), resume=True)
+    losses: str = flag("sm,cm,st,ct", "any subset with sm; sm alone is two independent DINO runs [Table 7]")
+    lambda1: float = flag(None, "of cm1 and ct1; unset: larger backbone 1, smaller 0.1 [4.5]; CNN 1, ViT 0.1 [released code]")
+    lambda2: float = flag(None, "the same of cm2 and ct2")
+    search: str = flag("all", "pairs of views that search [Alg. 1]; local [released code]", choices=("all", "global", "local"))
     search_center: bool = flag(True, "center search outputs with the T-Head's center [A.1]; off [released code]")
     student_temp: float = flag(0.1, "tau [A.1]", low=1e-3)
     teacher_temp: float = flag(0.07, "tau' after its rise [A.1]; lower it if entropies in log.jsonl stay near log K", low=1e-3)
@@ -91,15 +85,12 @@ class Config:
     local_crops: int = flag(8, "L, local views of an image [A.1]; may be 0")
     jitter: tuple = flag((0.4, 0.4, 0.2, 0.1), "brightness, contrast, saturation, hue; with probability 0.8 [A.1]")
     grayscale: float = flag(0.2, "probability of grayscale [released code]; 0 [A.1]", high=1)
-    blur: tuple = flag((0.1, 2.0), "sigma of the Gaussian blur, pixels [A.1]; probability 1, 0.1, 0.5 on global view 0, global "
-                       "view 1, local views [released code]; 0 0: none")
+    blur: tuple = flag((0.1, 2.0), "sigma of the blur, pixels [A.1]; on 1, 0.1, 0.5 of the views [released code]; 0 0: none")
     solarize: float = flag(0.2, "probability of solarizing global view 1 [released code]; 0 [A.1]", high=1)
 
-    data: str = flag("imagenet", "folder with train/ and val/ or with class folders, torchvision data set (cifar10, fashion_mnist, "
-                     "...), or toy, which the program draws", group="data")
+    data: str = flag("imagenet", "folder of images, torchvision data set (cifar10, fashion_mnist, ...), or toy", group="data")
     data_root: str = flag("data", "folder to which torchvision data sets are downloaded", resume=True)
-    workers: int = flag(None, "loader processes of each process; unset: its share of the cores, at most 16; 1 without a GPU",
-                        resume=True)
+    workers: int = flag(None, "loaders of each process; unset: its share of the cores, at most 16; 1 without a GPU", resume=True)
 
     epochs: int = flag(100, "epochs [A.1]", low=1, group="optimization")
     batch_size: int = flag(256, "images of a step, over all processes [A.1]", low=1)
@@ -119,8 +110,7 @@ class Config:
 
     out: str = flag("", "folder of checkpoints, weights and log; unset: runs/ARCH1-ARCH2", group="running", resume=True)
     seed: int = flag(0, "seed of everything that is drawn")
-    dtype: str = flag("auto", "of autocast; auto: bf16 on a GPU that has it, fp16 on one that has not, else fp32",
-                      choices=("auto", "bf16", "fp16", "fp32"))
+    dtype: str = flag("auto", "of autocast; auto: bf16, else fp16, on a GPU; else fp32", choices=("auto", "bf16", "fp16", "fp32"))
     compile: bool = flag(False, "torch.compile both models", resume=True)
     log_every: int = flag(20, "steps between log lines", low=1, resume=True)
     save_every: int = flag(0, "steps between checkpoints; 0: one each epoch", resume=True)
@@ -135,20 +125,21 @@ RECIPES = {"paper": {}, "release": dict(
     cnn_lr_end=0.0048, vit_lr_end=1e-5, wd_end=0.4)}
 
 DEMO = dict(
-    data="toy", arch1="resnet18", model_kwargs1=dict(layers=(1, 1, 1, 1), channels=(24, 48, 96, 96), output_stride=8),
-    arch2="vit_tiny", model_kwargs2=dict(img_size=32, patch_size=4, embed_dim=96, depth=3, num_heads=3),
-    out_dim=1024, hidden_dim=256, bottleneck_dim=64, t_dim=96, t_depth=1, t_heads=3, global_size=32, local_size=16,
-    local_crops=2, epochs=10, warmup_epochs=1, teacher_temp_epochs=1, batch_size=64, out="runs/demo")
+    data="toy", arch1="resnet18", arch2="vit_tiny", model_kwargs2=dict(img_size=32, patch_size=8, embed_dim=64, depth=3, num_heads=2),
+    model_kwargs1=dict(layers=(1, 1, 1, 1), channels=(16, 32, 48, 64), stem_type="deep", stem_width=8, output_stride=8),
+    out_dim=256, hidden_dim=128, bottleneck_dim=32, t_dim=48, t_depth=1, t_heads=3, t_norm=True, drop_path=0.0, global_size=32,
+    global_scale=(0.5, 1.0), local_size=16, local_scale=(0.3, 0.8), local_crops=2, jitter=(0.4, 0.4, 0.4, 0.2), blur=(0.0, 0.0),
+    solarize=0.0, epochs=14, warmup_epochs=1, batch_size=64, cnn_optimizer="adamw", cnn_lr=0.01, vit_lr=0.01, ema=0.99,
+    teacher_temp=0.02, teacher_temp_start=0.02, freeze_last_layer=0, out="runs/demo")
 
 def key_value(text):
     """'channels=16,32' -> ('channels', (16, 32)). A value that is no Python literal stays a string."""
-    key, equals, value = text.partition("=")
-    if not (key and equals):
+    if not text.partition("=")[2]:
         raise argparse.ArgumentTypeError(f"'{text}' is not of the form key=value")
     try:
-        return key, ast.literal_eval(value)
+        return text.partition("=")[0], ast.literal_eval(text.partition("=")[2])
     except (ValueError, SyntaxError):
-        return key, value
+        return tuple(text.split("=", 1))
 
 def parse_args(argv=None):
     """Command line -> Config. What is given wins over --demo, that over --recipe, that over the defaults."""
@@ -157,25 +148,21 @@ def parse_args(argv=None):
         epilog="[...] is a setting's source: section or table of the paper, or code.", argument_default=argparse.SUPPRESS)
     for f in fields(Config):
         default, choices = f.default, f.metadata["choices"]
+        options = dict(type=f.type, choices=choices, metavar=None if choices else "X")
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
         if f.type is bool:
             options, default = dict(choices=("on", "off"), nargs="?", const="on"), "on" if default else "off"
-        elif f.type is dict:
+        if f.type is dict:
             options, default = dict(type=key_value, nargs="+", metavar="KEY=VALUE"), None
-        elif f.type is tuple:
+        if f.type is tuple:
             options, default = dict(type=float, nargs=len(default), metavar="X"), " ".join(map(str, default))
-        else:
-            options = dict(type=f.type, choices=choices, metavar=None if choices else "X")
         help = f.metadata["help"] + ("" if default in (None, "") else f" (default: {default})")
         group.add_argument(f"--{f.name}", help=help.replace("%", "%%"), **options)
-    convert = {"on": True, "off": False}
     given = {name: dict(value) if name.startswith("model_kwargs") else tuple(value) if isinstance(value, list) else
-             convert.get(value, value) for name, value in vars(parser.parse_args(argv)).items()}
-    demo = dict(DEMO) if given.get("demo") else {}
-    for i in "12":
-        if f"arch{i}" in given:   # the demo's arguments of a backbone are for the demo's backbone alone
-            demo.pop(f"model_kwargs{i}", None)
+             {"on": True, "off": False}.get(value, value) for name, value in vars(parser.parse_args(argv)).items()}
+    demo = DEMO if given.get("demo") else {}   # whose arguments of a backbone are for the demo's backbone alone
+    demo = {name: value for name, value in demo.items() if name.replace("model_kwargs", "arch") not in given}
     return check(Config(**RECIPES[given.get("recipe", "paper")] | demo | given))
 
 def check(cfg):
@@ -202,6 +189,8 @@ def check(cfg):
     return cfg
 
 # --------------------------------------------------------------------------------------------- processes and seeds
+MAIN = int(os.environ.get("RANK", 0)) == 0   # the process that prints and writes
+
 def setup_processes():
     """-> (device, rank, world). Under torchrun joins the process group: NCCL for GPUs, gloo for the CPU. Raises Stop."""
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -209,13 +198,10 @@ def setup_processes():
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
             raise Stop(f"process {local} finds no GPU of its own: --nproc_per_node at most {torch.cuda.device_count()}")
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device := torch.device("cuda", local))
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device, rank, world
-
-MAIN = int(os.environ.get("RANK", 0)) == 0   # the process that prints and writes
 
 def say(text):
     if MAIN:
@@ -241,13 +227,10 @@ def generator(*key):
 
 # ----------------------------------------------------------------------------------------------------- data: images
 TRAIN, SPLIT = (dict(train=True), dict(train=False)), (dict(split="train"), dict(split="test"))
-TRAINVAL = dict(split="trainval"), dict(split="test")
 TORCHVISION = {   # --data -> class of torchvision.datasets, its arguments for training and for validation
-    "mnist": ("MNIST", TRAIN), "fashion_mnist": ("FashionMNIST", TRAIN), "kmnist": ("KMNIST", TRAIN),
-    "cifar10": ("CIFAR10", TRAIN), "cifar100": ("CIFAR100", TRAIN), "svhn": ("SVHN", SPLIT), "dtd": ("DTD", SPLIT),
-    "food101": ("Food101", SPLIT), "flowers102": ("Flowers102", SPLIT), "gtsrb": ("GTSRB", SPLIT), "pcam": ("PCAM", SPLIT),
-    "fgvc_aircraft": ("FGVCAircraft", TRAINVAL), "oxford_iiit_pet": ("OxfordIIITPet", TRAINVAL),
-    "stl10": ("STL10", (dict(split="train+unlabeled"), dict(split="test"))),
+    "mnist": ("MNIST", TRAIN), "fashion_mnist": ("FashionMNIST", TRAIN), "cifar10": ("CIFAR10", TRAIN),
+    "cifar100": ("CIFAR100", TRAIN), "svhn": ("SVHN", SPLIT), "dtd": ("DTD", SPLIT), "food101": ("Food101", SPLIT),
+    "flowers102": ("Flowers102", SPLIT), "stl10": ("STL10", (dict(split="train+unlabeled"), dict(split="test"))),
     "imagenette": ("Imagenette", (dict(split="train"), dict(split="val")))}
 
 def to_rgb(image):
@@ -270,34 +253,35 @@ def read_image(path):
     with Image.open(path) as image:
         return to_rgb(image)
 
-def draw_toy(n, seed, size=48, copies=5):
+def draw_toy(n, seed, size=48, cells=16):
     """The built-in data set: images (n, 3, size, size) uint8 and labels (n,).
 
-    The class is a shape. An image holds five of it, each of its own color, position, size and rotation, before colored
-    blotches: two views of an image have nothing but the shape in common, and pixels are a poor guide to it.
+    The class is a shape. An image is a grid of it, at an angle, a period and an offset of its own, each copy in a color, on
+    a ground, of a size and turned by an angle of its own: pixels, colors and positions are a poor guide to the shape.
     """
-    g, grid, labels = generator("toy", seed), torch.arange(size).float(), torch.arange(n) % 8
+    g, grid, labels = generator("toy", seed), torch.arange(size) - size / 2, torch.arange(n) % 8
     images = torch.empty(n, 3, size, size, dtype=torch.uint8)
-    shapes = [   # below 0 inside the shape, in units of its radius: disk, ring, square, triangle, plus, bar, frame, star
-        lambda u, v, box: torch.hypot(u, v) - 0.95,
-        lambda u, v, box: (torch.hypot(u, v) - 0.75).abs() - 0.2,
-        lambda u, v, box: box - 0.8,
-        lambda u, v, box: torch.stack([v, 0.866 * u - v / 2, -0.866 * u - v / 2]).amax(0) - 0.5,
-        lambda u, v, box: torch.maximum(box - 1, torch.minimum(u.abs(), v.abs()) - 0.28),
-        lambda u, v, box: torch.maximum(u.abs() - 0.28, v.abs() - 1.1),
-        lambda u, v, box: (box - 0.7).abs() - 0.18,
-        lambda u, v, box: torch.hypot(u, v) - 0.65 - 0.4 * torch.cos(5 * torch.atan2(v, u))]
+    shapes = (lambda u, v, r: r - 0.85,                                 # disk; each is below 0 inside the shape
+              lambda u, v, r: (r - 0.7).abs() - 0.2,                    # ring
+              lambda u, v, r: torch.maximum(u.abs() - 0.25, v.abs() - 1),   # bar
+              lambda u, v, r: torch.minimum(u.abs(), v.abs()) - 0.2,    # cross
+              lambda u, v, r: (u.abs() - 0.6).abs() - 0.22,             # two bars
+              lambda u, v, r: r - 0.35,                                 # dot
+              lambda u, v, r: torch.maximum(r - 1, u),                  # half disk
+              lambda u, v, r: torch.maximum(r - 1.05, 3 * u * v))       # bow tie
     for c, shape in enumerate(shapes):
         rows = (labels == c).nonzero().flatten()
         rand = lambda *dims: torch.rand(len(rows), *dims, generator=g)
-        x = F.interpolate(0.25 + 0.5 * rand(3, 4, 4), size=(size, size), mode="bicubic").clamp(0, 1)
-        for _ in range(copies):
-            radius, angle = (0.11 + 0.08 * rand(1, 1)) * size, 2 * math.pi * rand(1, 1)
-            dx, dy = (grid - size * rand(1, 1)) / radius, (grid[:, None] - size * rand(1, 1)) / radius
-            u, v = angle.cos() * dx + angle.sin() * dy, angle.cos() * dy - angle.sin() * dx
-            inside = torch.sigmoid(-2 * radius * shape(u, v, torch.maximum(u.abs(), v.abs())))[:, None]
-            x = torch.lerp(x, rand(3, 1, 1), inside)
-        images[rows] = (255 * x).to(torch.uint8)
+        angle, period = 2 * math.pi * rand(1, 1), 8 + 3 * rand(1, 1)
+        u = (angle.cos() * grid + angle.sin() * grid[:, None]) / period + rand(1, 1) + cells / 2
+        v = (angle.cos() * grid[:, None] - angle.sin() * grid) / period + rand(1, 1) + cells / 2
+        cell = (u.floor() * cells + v.floor()).long().view(len(rows), 1, -1)
+        own = lambda k: rand(k, cells ** 2).gather(2, cell.expand(-1, k, -1)).unflatten(2, (size, size))   # one draw a copy
+        (turn, radius), color, ground = own(2).unbind(1), 0.45 + 0.55 * own(3), 0.4 * own(3)
+        turn, u, v = 2 * math.pi * turn, *((t % 1 - 0.5) / (0.38 + 0.12 * radius) for t in (u, v))
+        u, v = turn.cos() * u + turn.sin() * v, turn.cos() * v - turn.sin() * u
+        outside = torch.maximum(shape(u, v, torch.hypot(u, v)), torch.maximum(u.abs(), v.abs()) - 1.1)
+        images[rows] = (255 * torch.lerp(ground, color, torch.sigmoid(-6 * outside)[:, None])).to(torch.uint8)
     return images, labels
 
 def get_data(cfg):
@@ -308,8 +292,7 @@ def get_data(cfg):
         train = os.path.join(cfg.data, "train")
         parts = [train, os.path.join(cfg.data, "val")] if os.path.isdir(train) else [cfg.data, ""]
         try:
-            return tuple(torchvision.datasets.ImageFolder(part, loader=read_image) if os.path.isdir(part) else None
-                         for part in parts)
+            return [torchvision.datasets.ImageFolder(p, loader=read_image) if os.path.isdir(p) else None for p in parts]
         except FileNotFoundError as error:
             raise Stop(f"--data {cfg.data}: {error} Each class is a folder with images in it; images without classes go "
                        f"into one folder, {parts[0]}/all") from error
@@ -494,7 +477,7 @@ def build_backbone(name, model_kwargs=None, patch_size=16, pool="mean", sizes=(2
     torchvisions = dict(zero_init_last=False) if name in ("resnet18", "resnet34", "resnet50", "resnet101") else {}   # first weights
 
     def create(**more):
-        sizes_vary = dict(dynamic_img_size=True), dict(strict_img_size=False), {}   # whichever the model knows
+        sizes_vary = dict(dynamic_img_size=True, strict_img_size=False), dict(dynamic_img_size=True), {}   # what it knows
         for options in (*(v | more for v in sizes_vary), *sizes_vary):
             try:
                 return timm.create_model(timm_name, num_classes=0, **options | torchvisions | kwargs)
@@ -754,16 +737,16 @@ class Model:
             cnn=dict(lr_start=cfg.cnn_lr * scale, lr_end=cfg.cnn_lr_end, wd_start=cfg.cnn_wd, wd_end=cfg.cnn_wd),
             vit=dict(lr_start=cfg.vit_lr * scale, lr_end=cfg.vit_lr_end, wd_start=cfg.vit_wd,
                      wd_end=cfg.vit_wd if cfg.wd_end is None else cfg.wd_end))
-        own, groups = cfg.cnn_optimizer if cnn else cfg.vit_optimizer, {}
+        own, groups = cfg.cnn_optimizer if cnn else cfg.vit_optimizer, dict(sgd=[], adamw=[])
         for module, kind, value in ((self.net.backbone, own, values[self.family]), (self.net.mlp_head, own, values[self.family]),
                                     (self.t, cfg.t_optimizer if cnn else own, values["vit"])):
-            params = [p for p in module.parameters() if p.requires_grad] if module else []
-            groups.setdefault(kind, []).extend([
-                dict(params=[p for p in params if p.dim() > 1], **value),
-                dict(params=[p for p in params if p.dim() <= 1], **value | dict(wd_start=0.0, wd_end=0.0))])
+            for params in ([p for p in module.parameters() if p.requires_grad and (p.dim() > 1) == many] if module else []
+                           for many in (True, False)):
+                spared = {} if params and params[0].dim() > 1 else dict(wd_start=0.0, wd_end=0.0)
+                groups[kind] += [dict(params=params, **value | spared)] * bool(params)
         make = dict(sgd=functools.partial(torch.optim.SGD, lr=0.0, momentum=0.9, foreach=True),
                     adamw=functools.partial(torch.optim.AdamW, lr=0.0, fused=self.C_m.device.type in ("cuda", "cpu")))
-        return [make[kind]([g for g in gs if g["params"]]) for kind, gs in groups.items() if any(g["params"] for g in gs)]
+        return [make[kind](g) for kind, g in groups.items() if g]
 
     def n(self, x, now):
         """[m, t, Z] = n(x). Stochastic depth draws from (seed, step), whatever the other model draws."""
@@ -940,8 +923,7 @@ def knn_accuracy(backbones, train, val, cfg, device, rank=0, world=1):
 
 # ------------------------------------------------------------------------------------------------ checkpoints and log
 def write(value, path):
-    """torch.save by way of a temporary file: a file under its own name is always whole."""
-    torch.save(value, path + ".tmp")
+    torch.save(value, path + ".tmp")   # so a file under its own name is always whole
     os.replace(path + ".tmp", path)
 
 def save(cfg, models, step, scaler):
@@ -953,11 +935,11 @@ def save(cfg, models, step, scaler):
                        f"Lower the learning rates or use --dtype fp32", code=1)
     try:
         if MAIN:
-            write(dict(config=asdict(cfg), step=step, scaler=scaler.state_dict(), models=[m.state() for m in models]),
-                  f"{cfg.out}/checkpoint.pth")
-            for model in models:
-                weights = model.momentum_net.backbone.model.state_dict()
-                write({name: w.contiguous() for name, w in weights.items()}, f"{cfg.out}/model{model.i}.pth")
+            state = dict(config=asdict(cfg), step=step, scaler=scaler.state_dict(), models=[m.state() for m in models])
+            write(state, f"{cfg.out}/checkpoint.pth")
+            for m in models:
+                weights = {name: w.contiguous() for name, w in m.momentum_net.backbone.model.state_dict().items()}
+                write(weights, f"{cfg.out}/model{m.i}.pth")
     except (OSError, RuntimeError) as error:   # torch turns a full disk into a RuntimeError
         return f"--out {cfg.out}: the checkpoint of step {step} could not be written ({error}); make room there"
 
@@ -1090,40 +1072,38 @@ PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100":
 def benchmark(cfg, models, images, device, rank, world):
     """Time --benchmark steps, first on one batch that stays on the device, then through the loader, and print the parts."""
     from torch.utils.flop_counter import FlopCounterMode
-    scaler, parts, clock = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16"), {}, [0.0]
-    long = copy.copy(cfg)
-    long.epochs = (2 * cfg.benchmark + 9) * cfg.batch_size // len(images) + 2
+    n, now, parts, clock = cfg.benchmark, schedule(cfg, 0, 10 ** 6), {}, [0.0]
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16")
     def tick(part):
         if device.type == "cuda":
             torch.cuda.synchronize()
-        parts[part] = parts.get(part, 0.0) - clock[0]
+        parts[part] = parts.get(part, 0.0) + time.perf_counter() - clock[0]
         clock[0] = time.perf_counter()
-        parts[part] += clock[0]
     def step(source):
         crops = next(source)
         tick("waiting for data")
         x = make_views(crops, cfg, device, 0, rank, world)
         tick("augment")
-        train_step(*models, x, cfg, schedule(long, 0, 10 ** 6), scaler, tick)
-    keys = batches(len(images), long, 0, rank, world)
-    loaded = iter(make_loader(MultiCrop(images, cfg), device, cfg.workers, batch_sampler=keys))
+        train_step(*models, x, cfg, now, scaler, tick)
+    long = copy.copy(cfg)
+    long.epochs = (n + 9) * cfg.batch_size // len(images) + 2
+    loaded = iter(make_loader(MultiCrop(images, cfg), device, cfg.workers, batch_sampler=batches(len(images), long, 0, rank, world)))
     kept = [c.to(device) for c in next(loaded)]
     for name, source in (("one batch kept on the device", iter(lambda: kept, None)), ("through the loader", loaded)):
-        for i in range(3 + cfg.benchmark):
+        for i in range(3 + n):
             if i == 3:   # the first steps allocate, tune and compile
                 parts.clear()
                 start = clock[0] = time.perf_counter()
             step(source)
-        ms = (time.perf_counter() - start) * 1000 / cfg.benchmark
-        say(f"{name}: {1000 * cfg.batch_size / ms:.1f} images/s, {ms:.1f} ms a step: "
-            + ", ".join(f"{part} {1000 * s / cfg.benchmark:.1f}" for part, s in parts.items()))
-    say(f"peak memory {memory_gb(device):.2f} GB")
+        seconds = (time.perf_counter() - start) / n
+        say(f"{name}: {cfg.batch_size / seconds:.1f} images/s, {1000 * seconds:.1f} ms a step: "
+            + ", ".join(f"{part} {1000 * s / n:.1f}" for part, s in parts.items()))
     with FlopCounterMode(display=False) as counter:
         step(iter([kept]))
     flops, gpu = counter.get_total_flops() * world, torch.cuda.get_device_name() if device.type == "cuda" else ""
-    peak = next((1e12 * v * world for name, v in PEAK_TFLOPS.items() if name in gpu), None)
-    say(f"{flops / cfg.batch_size / 1e9:.2f} GFLOP an image, {flops / ms / 1e9:.2f} TFLOP/s"
-        + (f", {100 * flops / ms * 1000 / peak:.1f} % of the peak of {world} {gpu}" if peak else ""))
+    peak = next((f", {100 * flops / seconds / 1e12 / v / world:.1f} % of {v} on {world} {gpu}" for k, v in PEAK_TFLOPS.items() if k in gpu), "")
+    say(f"peak memory {memory_gb(device):.2f} GB, {flops / cfg.batch_size / 1e9:.2f} GFLOP an image, {flops / seconds / 1e12:.2f} "
+        f"TFLOP/s through the loader{peak}")
 
 def preview(cfg, images, device):
     """Write the views of the first images to a PNG, a row an image, as the networks get them."""
@@ -1162,8 +1142,7 @@ def build_models(cfg, device, world=1):
         check(cfg)
     return [Model(cfg, i, b, device, world) for i, b in enumerate(backbones, 1)]
 
-class Pixels(nn.Module):
-    """The demo's baseline: an image is represented by its pixels."""
+class Pixels(nn.Module):   # the demo's baseline
     def forward(self, x):
         return x.flatten(1), None
 
@@ -1174,8 +1153,8 @@ def run(cfg):
     if cfg.dtype == "auto":
         cfg.dtype = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     if cfg.workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        cfg.workers = min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) if device.type == "cuda" else 1
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cuda" else 1
+        cfg.workers = min(16, max(1, cores))
     torch.backends.cudnn.benchmark = True
     images, val = get_data(cfg)
     if cfg.preview:
