@@ -26,6 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch.nn.utils.parametrizations import weight_norm
 from torchvision.transforms.v2 import RandomResizedCrop
@@ -177,7 +178,7 @@ def check(cfg):
             raise Stop(f"--{name}: give the smaller number first")
     losses = cfg.losses.split(",")
     for wrong, sentence in (
-            ("sm" not in losses or not {*losses} <= {"sm", "cm", "st", "ct"}, f"--losses {cfg.losses}: give sm and any of cm,st,ct"),
+            ("sm" not in losses or {*losses} - {"sm", "cm", "st", "ct"}, f"--losses {cfg.losses}: give sm and any of cm,st,ct"),
             (cfg.t_dim % cfg.t_heads, f"--t_dim {cfg.t_dim} does not divide by --t_heads {cfg.t_heads}: change either"),
             (cfg.warmup_epochs > cfg.epochs, f"--warmup_epochs {cfg.warmup_epochs} is more than --epochs {cfg.epochs}: lower it"),
             (cfg.search == "local" and not cfg.local_crops, "--search local needs --local_crops of at least 1"),
@@ -317,8 +318,7 @@ def name_of(images, index):
 
 # ------------------------------------------------------------------------------------------------ data: views (A.1)
 class MultiCrop(torch.utils.data.Dataset):
-    """(epoch, index) -> uint8 crops (2, 3, S, S) and (L, 3, s, s) of an image, and its index if it could not be read, else
-    -1; the next readable image takes its place."""
+    """(epoch, index) -> uint8 crops (2, 3, S, S), (L, 3, s, s) of an image; its index if unreadable (the next is taken), or -1."""
     def __init__(self, images, cfg):
         self.images, self.cfg = images, cfg
 
@@ -449,8 +449,7 @@ TIMM_NAMES = {"vit_tiny": "vit_tiny_patch16_224", "vit_small": "vit_small_patch1
               "mobilenetv3_large": "mobilenetv3_large_100"}
 
 class Backbone(nn.Module):
-    """A timm model as MOKD sees it: images (B, 3, S, S) -> pooled (B, C), tokens (B, N, C). Tokens are a CNN's feature map or
-    a ViT's patch tokens; pooled is their mean or the CLS token."""
+    """Images (B, 3, S, S) -> pooled (B, C), tokens (B, N, C): a CNN's map or a ViT's patches, and their mean or the CLS token."""
     def __init__(self, model, pool):
         super().__init__()
         self.model, self.prefix = model, getattr(model, "num_prefix_tokens", 0)
@@ -568,22 +567,14 @@ class THead(nn.Module):
         self.norm, self.l2 = layer_norm(dim), norm
         self.last = last_layer(dim, out_dim)
 
-    def position(self, n):
-        """Position embedding of n tokens (1, n, dim), resized where a view has another grid than a global one."""
-        if n == self.pos.shape[1]:
-            return self.pos
-        side, new = math.isqrt(self.pos.shape[1]), math.isqrt(n)
-        grid = self.pos.mT.unflatten(2, (side, side))
-        return F.interpolate(grid, size=(new, new), mode="bicubic").flatten(2).mT
-
     def query_of(self, Z):
         """Tokens (B, N, C), or what is pooled of them (B, C) -> query (B, dim): their mean, embedded."""
         return self.embed(Z.mean(1) if Z.dim() == 3 else Z)
 
     def pool(self, Z, query=None):
         """Tokens (B, N, C) -> (B, dim); with n queries an image (nB, dim), query by query -> (nB, dim)."""
-        x = self.embed(Z)
-        x = x + self.position(x.shape[1])
+        x, side = self.embed(Z), math.isqrt(Z.shape[1])
+        x = x + resample_abs_pos_embed(self.pos, [side, side], num_prefix_tokens=0, antialias=False)   # for the view's own grid
         if query is not None:   # which has no position
             x = torch.cat([query[:, None], x.repeat(len(query) // len(x), 1, 1)], 1)
         x = self.norm(self.blocks(x))
@@ -794,9 +785,7 @@ class Model:
             part.load_state_dict(saved)
 
 # ----------------------------------------------------------------------------------------------------- Algorithm 1
-def autocast(cfg, device):
-    dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(cfg.dtype)
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16)   # of autocast; fp32 needs none
 
 def train_step(model1, model2, x, cfg, now, scaler=None, tick=lambda part: None):
     """One step of Algorithm 1 on the views x of make_views -> the losses by name and the momentum logits.
@@ -814,7 +803,7 @@ def train_step(model1, model2, x, cfg, now, scaler=None, tick=lambda part: None)
     rows = [(row, v) for row, (g, v) in enumerate(pairs)]      # row of t1_s, t2_s -> the view that searched
     zero = torch.zeros((), device=x[0].device)
 
-    with autocast(cfg, x[0].device):
+    with torch.autocast(x[0].device.type, DTYPES.get(cfg.dtype), enabled=cfg.dtype in DTYPES):
         m1, t1, Z1 = n1(x, now)                                                          # m1, t1: (V, B, K)
         m2, t2, Z2 = n2(x, now)
         with torch.no_grad():
@@ -1087,7 +1076,8 @@ def benchmark(cfg, models, images, device, rank, world):
         train_step(*models, x, cfg, now, scaler, tick)
     long = copy.copy(cfg)
     long.epochs = (n + 9) * cfg.batch_size // len(images) + 2
-    loaded = iter(make_loader(MultiCrop(images, cfg), device, cfg.workers, batch_sampler=batches(len(images), long, 0, rank, world)))
+    keys = batches(len(images), long, 0, rank, world)
+    loaded = iter(make_loader(MultiCrop(images, cfg), device, cfg.workers, batch_sampler=keys))
     kept = [c.to(device) for c in next(loaded)]
     for name, source in (("one batch kept on the device", iter(lambda: kept, None)), ("through the loader", loaded)):
         for i in range(3 + n):
@@ -1101,7 +1091,8 @@ def benchmark(cfg, models, images, device, rank, world):
     with FlopCounterMode(display=False) as counter:
         step(iter([kept]))
     flops, gpu = counter.get_total_flops() * world, torch.cuda.get_device_name() if device.type == "cuda" else ""
-    peak = next((f", {100 * flops / seconds / 1e12 / v / world:.1f} % of {v} on {world} {gpu}" for k, v in PEAK_TFLOPS.items() if k in gpu), "")
+    peak = next((f", {100 * flops / seconds / 1e12 / v / world:.1f} % of {v} on {world} {gpu}"
+                 for k, v in PEAK_TFLOPS.items() if k in gpu), "")
     say(f"peak memory {memory_gb(device):.2f} GB, {flops / cfg.batch_size / 1e9:.2f} GFLOP an image, {flops / seconds / 1e12:.2f} "
         f"TFLOP/s through the loader{peak}")
 

@@ -902,7 +902,7 @@ def test_features_are_normalised_pooled_representations_of_labeled_images():
 # ----------------------------------------------------------------------------------------------- whole runs, by the command line
 
 def torchrun(n):
-    return ["-m", "torch.distributed.run", f"--nproc_per_node={n}", f"--master_port={random.randint(20000, 60000)}"]
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]   # which finds a free port
 
 
 def start(out, *args, nproc=0, **popen):
@@ -1002,6 +1002,9 @@ losses = {k: mokd.mean_over_processes(v) for k, v in losses.items()}
 buffers = {(m.i, k): v for m in models for k, v in m.momentum_net.named_buffers()}
 if rank == 0:
     torch.save((losses, grads, buffers), sys.argv[1])
+if world > 1:
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 """
 
 
@@ -1012,8 +1015,9 @@ def test_a_step_of_two_processes_equals_one_of_one(tmp_path):
     results = []
     for n in (1, 2):
         out = tmp_path / str(n)
-        subprocess.run([sys.executable, *(torchrun(n) if n > 1 else []), script, out], check=True, capture_output=True,
-                       env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": HERE})
+        done = subprocess.run([sys.executable, *(torchrun(n) if n > 1 else []), script, out], capture_output=True, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": HERE})
+        assert done.returncode == 0, done.stderr
         results.append(torch.load(out, weights_only=True))
     for a, b, tolerance in zip(*results, (2e-5, 1e-3, 1e-5)):
         assert a.keys() == b.keys()
