@@ -760,6 +760,18 @@ def test_crops_depend_on_seed_epoch_and_index_alone():
     assert not torch.equal(a[0], crops[4, 5][0]) and not torch.equal(a[0], crops[3, 6][0]) and not torch.equal(a[0][0], a[0][1])
 
 
+def test_scales_and_neighbors_are_those_asked_for(monkeypatch):
+    cfg = config("--global_scale", 0.7, 0.8, "--local_scale", 0.2, 0.3, "--knn_k", 7)
+    seen, ks = [], []
+    crop, classify = mokd.MultiCrop.crop, mokd.knn_classify
+    monkeypatch.setattr(mokd.MultiCrop, "crop", staticmethod(lambda image, size, scale: seen.append((size, scale)) or crop(image, size, scale)))
+    monkeypatch.setattr(mokd, "knn_classify", lambda b, y, q, k: ks.append(k) or classify(b, y, q, k))
+    toy = torch.utils.data.TensorDataset(*mokd.draw_toy(16, "few"))
+    mokd.MultiCrop(toy, cfg)[0, 0]
+    assert seen == [(32, (0.7, 0.8))] * 2 + [(16, (0.2, 0.3))] * 2
+    assert mokd.knn_accuracy([mokd.Pixels()], toy, toy, cfg, torch.device("cpu"))[0] > 0 and ks == [7]
+
+
 def test_a_crop_is_torchvisions_random_resized_crop():
     image = torch.from_numpy(picture()).permute(2, 0, 1)
     torch.manual_seed(3)
