@@ -29,8 +29,8 @@ from PIL import Image
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch.nn.utils.parametrizations import weight_norm
-from torchvision.transforms.v2 import RandomResizedCrop
-from torchvision.transforms.v2 import functional as TF
+from torch.utils.data import Subset
+from torchvision.transforms.v2 import RandomResizedCrop, functional as TF
 
 class Stop(Exception):
     """Ends the program with one sentence for the user. Exit code 2: the command was wrong; 1: the run failed."""
@@ -39,10 +39,11 @@ class Stop(Exception):
         self.code = code
 
 # ------------------------------------------------------------------------------------------------------- settings
-def flag(default, help, low=0, high=math.inf, group=None, choices=None, resume=False):
-    """One setting: a number lies between low and high, `group` opens a group of --help, `resume` lets a resumed run change it."""
+def flag(default, help, low=0, high=math.inf, group=None, choices=None, resume=False, nargs=None):
+    """One setting: a number lies between low and high, `group` opens a group of --help, `resume` lets a resumed run change it,
+    `nargs` "+" takes any count of numbers."""
     default = dict(default_factory=dict) if default == {} else dict(default=default)
-    return field(**default, metadata=dict(help=help, low=low, high=high, group=group, choices=choices, resume=resume))
+    return field(**default, metadata=dict(help=help, low=low, high=high, group=group, choices=choices, resume=resume, nargs=nargs))
 
 @dataclass
 class Config:
@@ -126,12 +127,12 @@ RECIPES = {"paper": {}, "release": dict(
     cnn_lr_end=0.0048, vit_lr_end=1e-5, wd_end=0.4)}
 
 DEMO = dict(
-    data="toy", arch1="resnet18", arch2="vit_tiny", model_kwargs2=dict(img_size=32, patch_size=8, embed_dim=64, depth=3, num_heads=2),
+    data="toy", arch1="resnet18", arch2="vit_tiny", model_kwargs2=dict(img_size=24, patch_size=4, embed_dim=64, depth=3, num_heads=2),
     model_kwargs1=dict(layers=(1, 1, 1, 1), channels=(16, 32, 48, 64), stem_type="deep", stem_width=8, output_stride=8),
-    out_dim=256, hidden_dim=128, bottleneck_dim=32, t_dim=48, t_depth=1, t_heads=3, t_norm=True, drop_path=0.0, global_size=32,
-    global_scale=(0.5, 1.0), local_size=16, local_scale=(0.3, 0.8), local_crops=2, jitter=(0.4, 0.4, 0.4, 0.2), blur=(0.0, 0.0),
+    out_dim=256, hidden_dim=256, bottleneck_dim=32, t_dim=48, t_depth=1, t_heads=3, t_norm=True, drop_path=0.0, global_size=24,
+    global_scale=(0.5, 1.0), local_size=12, local_scale=(0.3, 0.8), local_crops=2, jitter=(0.4, 0.4, 0.4, 0.2), blur=(0.0, 0.0),
     solarize=0.0, epochs=14, warmup_epochs=1, batch_size=64, cnn_optimizer="adamw", cnn_lr=0.01, vit_lr=0.01, ema=0.99,
-    teacher_temp=0.02, teacher_temp_start=0.02, freeze_last_layer=0, out="runs/demo")
+    center_momentum=0.5, teacher_temp=0.015, teacher_temp_start=0.015, freeze_last_layer=0, out="runs/demo")
 
 def key_value(text):
     """'channels=16,32' -> ('channels', (16, 32)). A value that is no Python literal stays a string."""
@@ -142,12 +143,12 @@ def key_value(text):
     except (ValueError, SyntaxError):
         return tuple(text.split("=", 1))
 
-def parse_args(argv=None):
-    """Command line -> Config. What is given wins over --demo, that over --recipe, that over the defaults."""
+def read_flags(config, argv, program, about):
+    """The command line of a dataclass of flags -> dict of the settings that it gives. Exits with 2 where it is wrong."""
     parser = argparse.ArgumentParser(
-        prog="mokd.py", usage="python mokd.py [--FLAG VALUE ...]", description=__doc__.split("\n\n")[0], allow_abbrev=False,
+        prog=program, usage=f"python {program} [--FLAG VALUE ...]", description=about, allow_abbrev=False,
         epilog="[...] is a setting's source: section or table of the paper, or code.", argument_default=argparse.SUPPRESS)
-    for f in fields(Config):
+    for f in fields(config):
         default, choices = f.default, f.metadata["choices"]
         options = dict(type=f.type, choices=choices, metavar=None if choices else "X")
         if f.metadata["group"]:
@@ -157,22 +158,30 @@ def parse_args(argv=None):
         if f.type is dict:
             options, default = dict(type=key_value, nargs="+", metavar="KEY=VALUE"), None
         if f.type is tuple:
-            options, default = dict(type=float, nargs=len(default), metavar="X"), " ".join(map(str, default))
+            options, default = dict(type=type(*default[:1]) if default else float, nargs=f.metadata["nargs"] or len(default), metavar="X"), " ".join(map(str, default))
         help = f.metadata["help"] + ("" if default in (None, "") else f" (default: {default})")
         group.add_argument(f"--{f.name}", help=help.replace("%", "%%"), **options)
-    given = {name: dict(value) if name.startswith("model_kwargs") else tuple(value) if isinstance(value, list) else
-             {"on": True, "off": False}.get(value, value) for name, value in vars(parser.parse_args(argv)).items()}
+    return {name: dict(value) if name.startswith("model_kwargs") else tuple(value) if isinstance(value, list) else
+            {"on": True, "off": False}.get(value, value) for name, value in vars(parser.parse_args(argv)).items()}
+
+def check_ranges(cfg):
+    """Refuse numbers out of their range. Raises Stop."""
+    for f in (f for f in fields(cfg) if f.type in (int, float, tuple)):
+        value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
+        for v in value if f.type is tuple else [value]:
+            if v is not None and not low <= v <= high:
+                raise Stop(f"--{f.name} {v}: must be " + (f"at most {high}" if v > high else f"at least {low}"))
+
+def parse_args(argv=None):
+    """Command line -> Config. What is given wins over --demo, that over --recipe, that over the defaults."""
+    given = read_flags(Config, argv, "mokd.py", __doc__.split("\n\n")[0])
     demo = DEMO if given.get("demo") else {}   # whose arguments of a backbone are for the demo's backbone alone
     demo = {name: value for name, value in demo.items() if name.replace("model_kwargs", "arch") not in given}
     return check(Config(**RECIPES[given.get("recipe", "paper")] | demo | given))
 
 def check(cfg):
     """Refuse settings that cannot work, before anything is built -> cfg. Raises Stop."""
-    for f in (f for f in fields(Config) if f.type in (int, float, tuple)):
-        value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
-        for v in value if f.type is tuple else [value]:
-            if v is not None and not low <= v <= high:
-                raise Stop(f"--{f.name} {v}: must be " + (f"at most {high}" if v > high else f"at least {low}"))
+    check_ranges(cfg)
     for name in ("global_scale", "local_scale", "blur"):
         if getattr(cfg, name)[0] > getattr(cfg, name)[1]:
             raise Stop(f"--{name}: give the smaller number first")
@@ -204,6 +213,23 @@ def setup_processes():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device, rank, world
 
+def set_up(cfg):
+    """Fill in --dtype and --workers where they are left to the machine -> (device, rank, world). Raises Stop."""
+    device, rank, world = setup_processes()
+    if cfg.batch_size % world:
+        raise Stop(f"--batch_size {cfg.batch_size} does not divide by {world} processes: choose a multiple")
+    if cfg.dtype == "auto":
+        cfg.dtype = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if cfg.workers is None:
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cuda" else 1
+        cfg.workers = min(16, max(1, cores))
+    torch.backends.cudnn.benchmark = True
+    return device, rank, world
+
+def autocast(device, dtype):
+    types = dict(bf16=torch.bfloat16, fp16=torch.float16)   # fp32 needs none
+    return torch.autocast(device.type, types.get(dtype), enabled=dtype in types)
+
 def say(text):
     if MAIN:
         print(text, flush=True)
@@ -211,12 +237,13 @@ def say(text):
 def warn(text):
     print(text, file=sys.stderr, flush=True)
 
-def mean_over_processes(x):
-    """Average a tensor over the processes, in place."""
+def sum_over_processes(x):
     if dist.is_initialized():
-        dist.all_reduce(x)
-        x /= dist.get_world_size()
+        dist.all_reduce(x := x.clone())
     return x
+
+def mean_over_processes(x):
+    return sum_over_processes(x) / (dist.get_world_size() if dist.is_initialized() else 1)
 
 def seed_of(*key):
     """A 63-bit seed from numbers and words. All that is drawn is a function of (seed, epoch, index) or (seed, step), so a
@@ -257,30 +284,29 @@ def read_image(path):
 def draw_toy(n, seed, size=48, cells=16):
     """The built-in data set: images (n, 3, size, size) uint8 and labels (n,).
 
-    The class is a shape. An image is a grid of it, at an angle, a period and an offset of its own, each copy in a color, on
-    a ground, of a size and turned by an angle of its own: pixels, colors and positions are a poor guide to the shape.
+    The class is a shape; all cover the same area. An image is a grid of it, at an angle, a period and an offset of its own, each
+    copy in a color, on a ground, of a size and turned by an angle of its own: pixels and colors are a poor guide to the shape.
     """
     g, grid, labels = generator("toy", seed), torch.arange(size) - size / 2, torch.arange(n) % 8
     images = torch.empty(n, 3, size, size, dtype=torch.uint8)
-    shapes = (lambda u, v, r: r - 0.85,                                 # disk; each is below 0 inside the shape
-              lambda u, v, r: (r - 0.7).abs() - 0.2,                    # ring
-              lambda u, v, r: torch.maximum(u.abs() - 0.25, v.abs() - 1),   # bar
-              lambda u, v, r: torch.minimum(u.abs(), v.abs()) - 0.2,    # cross
-              lambda u, v, r: (u.abs() - 0.6).abs() - 0.22,             # two bars
-              lambda u, v, r: r - 0.35,                                 # dot
-              lambda u, v, r: torch.maximum(r - 1, u),                  # half disk
-              lambda u, v, r: torch.maximum(r - 1.05, 3 * u * v))       # bow tie
+    shapes = (lambda u, v, r: r - 0.7,                                             # disk; each is below 0 inside the shape
+              lambda u, v, r: (r - 0.75).abs() - 0.15,                             # ring
+              lambda u, v, r: torch.maximum(u.abs() - 0.4, v.abs() - 1),           # bar
+              lambda u, v, r: torch.minimum(u.abs(), v.abs()) - 0.19,              # cross
+              lambda u, v, r: (u.abs() - 0.6).abs() - 0.17,                        # two bars
+              lambda u, v, r: torch.maximum(v, 0.87 * u.abs() - 0.5 * v) - 0.54,   # triangle
+              lambda u, v, r: torch.maximum(r - 1.02, u),                          # half disk
+              lambda u, v, r: torch.maximum(r - 1.05, 3 * u * v))                  # bow tie
     for c, shape in enumerate(shapes):
         rows = (labels == c).nonzero().flatten()
         rand = lambda *dims: torch.rand(len(rows), *dims, generator=g)
+        turn = lambda u, v, angle: (angle.cos() * u + angle.sin() * v, angle.cos() * v - angle.sin() * u)
         angle, period = 2 * math.pi * rand(1, 1), 8 + 3 * rand(1, 1)
-        u = (angle.cos() * grid + angle.sin() * grid[:, None]) / period + rand(1, 1) + cells / 2
-        v = (angle.cos() * grid[:, None] - angle.sin() * grid) / period + rand(1, 1) + cells / 2
+        u, v = (t / period + rand(1, 1) + cells / 2 for t in turn(grid, grid[:, None], angle))
         cell = (u.floor() * cells + v.floor()).long().view(len(rows), 1, -1)
         own = lambda k: rand(k, cells ** 2).gather(2, cell.expand(-1, k, -1)).unflatten(2, (size, size))   # one draw a copy
-        (turn, radius), color, ground = own(2).unbind(1), 0.45 + 0.55 * own(3), 0.4 * own(3)
-        turn, u, v = 2 * math.pi * turn, *((t % 1 - 0.5) / (0.38 + 0.12 * radius) for t in (u, v))
-        u, v = turn.cos() * u + turn.sin() * v, turn.cos() * v - turn.sin() * u
+        (angle, radius), color, ground = own(2).unbind(1), 0.6 + 0.4 * own(3), 0.3 * own(3)
+        u, v = turn(*((t % 1 - 0.5) / (0.38 + 0.12 * radius) for t in (u, v)), 2 * math.pi * angle)
         outside = torch.maximum(shape(u, v, torch.hypot(u, v)), torch.maximum(u.abs(), v.abs()) - 1.1)
         images[rows] = (255 * torch.lerp(ground, color, torch.sigmoid(-6 * outside)[:, None])).to(torch.uint8)
     return images, labels
@@ -298,8 +324,8 @@ def get_data(cfg):
             raise Stop(f"--data {cfg.data}: {error} Each class is a folder with images in it; images without classes go "
                        f"into one folder, {parts[0]}/all") from error
     if cfg.data not in TORCHVISION:
-        raise Stop(f"--data {cfg.data}: no such folder. Give a folder with train/ and val/ or with class folders, toy, or a "
-                   f"torchvision data set: {', '.join(sorted(TORCHVISION))}")
+        raise Stop(f"--data {cfg.data}: no such folder. Give a folder with train/ and val/ or with class folders, or one of toy, "
+                   f"{', '.join(TORCHVISION)}")
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0   # one process of a machine downloads, the others wait
     if dist.is_initialized() and not first:
         dist.barrier()
@@ -314,6 +340,8 @@ def get_data(cfg):
             dist.barrier()
 
 def name_of(images, index):
+    if isinstance(images, Subset):
+        return name_of(images.dataset, images.indices[index])
     return images.samples[index][0] if hasattr(images, "samples") else f"image {index}"
 
 # ------------------------------------------------------------------------------------------------ data: views (A.1)
@@ -654,26 +682,19 @@ def teacher_temperature(epoch, start, end, epochs):
     """tau': start in the first epoch, end in the last of `epochs` and after, in equal steps between."""
     return end if epoch >= epochs - 1 else start + (end - start) * epoch / (epochs - 1)
 
-# What the schedules say at a step: progress (step, steps, warm-up steps) is for the learning rates, l is the momentum of the
-# momentum nets, temp is tau', temp_cnn that of a CNN's self-distillation.
-Now = namedtuple("Now", "step epoch progress l temp temp_cnn")
+# A step and what the schedules say at it: l is the momentum of the momentum nets, temp is tau', temp_cnn that of a CNN's
+# self-distillation.
+Now = namedtuple("Now", "step steps warmup epoch l temp temp_cnn")
 
 def schedule(cfg, step, per_epoch):
-    epoch, steps, rise = step // per_epoch, cfg.epochs * per_epoch, cfg.teacher_temp_epochs
-    temps = (teacher_temperature(epoch, cfg.teacher_temp_start, cfg.teacher_temp, n)
-             for n in (rise, rise if cfg.teacher_temp_epochs_cnn is None else cfg.teacher_temp_epochs_cnn))
-    return Now(step, epoch, (step, steps, cfg.warmup_epochs * per_epoch), cosine_schedule(step, steps, cfg.ema, 1.0), *temps)
+    epoch, steps, rise, rise_cnn = step // per_epoch, cfg.epochs * per_epoch, cfg.teacher_temp_epochs, cfg.teacher_temp_epochs_cnn
+    temps = (teacher_temperature(epoch, cfg.teacher_temp_start, cfg.teacher_temp, n) for n in (rise, rise if rise_cnn is None else rise_cnn))
+    return Now(step, steps, cfg.warmup_epochs * per_epoch, epoch, cosine_schedule(step, steps, cfg.ema, 1.0), *temps)
 
 # ---------------------------------------------------------------------- the two models: what each has of its own (A.1)
 class SumOverProcesses(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        dist.all_reduce(x := x.clone())
-        return x
-
-    @staticmethod
-    def backward(ctx, grad):
-        return SumOverProcesses.apply(grad)
+    forward = staticmethod(lambda ctx, x: sum_over_processes(x))
+    backward = staticmethod(lambda ctx, grad: sum_over_processes(grad))
 
 def sync_batch_norm(net, device):
     """Let batch norms see the batch of all processes: torch's on GPUs; on the CPU, which it does not serve, each process
@@ -723,18 +744,16 @@ class Model:
 
     def make_optimizers(self):
         """One, or two where the T-Head of a CNN has its own kind. A parameter group holds the ends of its schedules."""
-        cfg, scale, cnn = self.cfg, self.cfg.batch_size / 256, self.family == "cnn"
-        values = dict(
-            cnn=dict(lr_start=cfg.cnn_lr * scale, lr_end=cfg.cnn_lr_end, wd_start=cfg.cnn_wd, wd_end=cfg.cnn_wd),
-            vit=dict(lr_start=cfg.vit_lr * scale, lr_end=cfg.vit_lr_end, wd_start=cfg.vit_wd,
-                     wd_end=cfg.vit_wd if cfg.wd_end is None else cfg.wd_end))
-        own, groups = cfg.cnn_optimizer if cnn else cfg.vit_optimizer, dict(sgd=[], adamw=[])
-        for module, kind, value in ((self.net.backbone, own, values[self.family]), (self.net.mlp_head, own, values[self.family]),
-                                    (self.t, cfg.t_optimizer if cnn else own, values["vit"])):
-            for params in ([p for p in module.parameters() if p.requires_grad and (p.dim() > 1) == many] if module else []
-                           for many in (True, False)):
-                spared = {} if params and params[0].dim() > 1 else dict(wd_start=0.0, wd_end=0.0)
-                groups[kind] += [dict(params=params, **value | spared)] * bool(params)
+        cfg, family, scale, groups = self.cfg, self.family, self.cfg.batch_size / 256, dict(sgd=[], adamw=[])
+        ends = dict(cnn=dict(lr_ends=(cfg.cnn_lr * scale, cfg.cnn_lr_end), wd_ends=(cfg.cnn_wd, cfg.cnn_wd)),
+                    vit=dict(lr_ends=(cfg.vit_lr * scale, cfg.vit_lr_end),
+                             wd_ends=(cfg.vit_wd, cfg.vit_wd if cfg.wd_end is None else cfg.wd_end)))
+        kind = dict(cnn=cfg.cnn_optimizer, vit=cfg.vit_optimizer)[family]
+        for module, family, kind in ((self.net.backbone, family, kind), (self.net.mlp_head, family, kind),
+                                     (self.t or nn.Identity(), "vit", cfg.t_optimizer if family == "cnn" else kind)):
+            params = [p for p in module.parameters() if p.requires_grad]
+            for params, spared in (([p for p in params if p.dim() > 1], {}), ([p for p in params if p.dim() < 2], dict(wd_ends=(0.0, 0.0)))):
+                groups[kind] += [dict(params=params, **ends[family] | spared)] * bool(params)
         make = dict(sgd=functools.partial(torch.optim.SGD, lr=0.0, momentum=0.9, foreach=True),
                     adamw=functools.partial(torch.optim.AdamW, lr=0.0, fused=self.C_m.device.type in ("cuda", "cpu")))
         return [make[kind](g) for kind, g in groups.items() if g]
@@ -756,9 +775,8 @@ class Model:
         for optimizer in self.optimizers:
             scaler.unscale_(optimizer)
             for g in optimizer.param_groups:
-                step, steps, warmup = now.progress
-                g["lr"] = cosine_schedule(step, steps, g["lr_start"], g["lr_end"], warmup)
-                g["weight_decay"] = cosine_schedule(step, steps, g["wd_start"], g["wd_end"])
+                g["lr"] = cosine_schedule(now.step, now.steps, *g["lr_ends"], now.warmup)
+                g["weight_decay"] = cosine_schedule(now.step, now.steps, *g["wd_ends"])
         if self.cfg.clip_grad:
             clip_per_tensor([p.grad for p in self.params if p.grad is not None], self.cfg.clip_grad)
         for optimizer in self.optimizers:
@@ -785,8 +803,6 @@ class Model:
             part.load_state_dict(saved)
 
 # ----------------------------------------------------------------------------------------------------- Algorithm 1
-DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16)   # of autocast; fp32 needs none
-
 def train_step(model1, model2, x, cfg, now, scaler=None, tick=lambda part: None):
     """One step of Algorithm 1 on the views x of make_views -> the losses by name and the momentum logits.
 
@@ -803,7 +819,7 @@ def train_step(model1, model2, x, cfg, now, scaler=None, tick=lambda part: None)
     rows = [(row, v) for row, (g, v) in enumerate(pairs)]      # row of t1_s, t2_s -> the view that searched
     zero = torch.zeros((), device=x[0].device)
 
-    with torch.autocast(x[0].device.type, DTYPES.get(cfg.dtype), enabled=cfg.dtype in DTYPES):
+    with autocast(x[0].device, cfg.dtype):
         m1, t1, Z1 = n1(x, now)                                                          # m1, t1: (V, B, K)
         m2, t2, Z2 = n2(x, now)
         with torch.no_grad():
@@ -862,35 +878,61 @@ class EvalView(torch.utils.data.Dataset):
         return TF.center_crop(image, [self.size, self.size]), int(label)
 
 @torch.no_grad()
-def extract_features(backbones, views, device, batch_size=256, workers=0, rank=0, world=1):
-    """-> ([L2-normalized pooled representations (n, C) of each backbone], labels (n,)) on the device, of every world-th
-    image; images without a label (-1) are left out."""
-    modes, features, labels = [b.training for b in backbones], [[] for _ in backbones], []
+def extract_features(backbones, views, device, batch_size=256, workers=0, rank=0, world=1, dtype="fp32", progress=None):
+    """-> ([L2-normalized pooled representations (n, C) of each backbone, in half precision], labels (n,)) on the device, of
+    every world-th image; an unreadable image has label -1. progress(n) is told the images done."""
+    modes, features, labels, done = [b.training for b in backbones], [], [], 0
     for b in backbones:
         b.eval()
-    part = torch.utils.data.Subset(views, range(rank, len(views), world))
+    part = Subset(views, range(rank, len(views), world))
     for x, y in make_loader(part, device, workers, batch_size=batch_size):
-        x, y = normalize(x.to(device).float() / 255), y.to(device)
-        for rows, backbone in zip(features, backbones):
-            rows.append(F.normalize(backbone(x)[0].float(), dim=1)[y >= 0])
-        labels.append(y[y >= 0])
+        x = normalize(x.to(device, non_blocking=True).float() / 255)
+        with autocast(device, dtype):
+            pooled = [F.normalize(b(x)[0].float(), dim=1) for b in backbones]
+        features = features or [p.new_empty(len(part), p.shape[1], dtype=torch.half) for p in pooled]
+        for rows, p in zip(features, pooled):
+            rows[done:done + len(x)] = p
+        labels.append(y)
+        done += len(x)
+        if progress:
+            progress(done)
     for b, mode in zip(backbones, modes):
         b.train(mode)
-    return [torch.cat(rows) for rows in features], torch.cat(labels)
+    return features, torch.cat(labels).to(device)
+
+def nearest(bank, labels, queries, k):
+    """The k nearest of a bank by cosine -> similarities (Q, k), labels (Q, k), most similar first; fewer if the bank is smaller.
+
+    bank (n, D), labels (n,) in [0, 2^20): this process's part of the bank; queries (Q, D) are the same on all processes. Rows
+    with label -1 do not count. Similarity and label make one number, sorted by the one, then the other: so the answer, ties
+    included, does not depend on how the bank is split, over processes or into the chunks in which it is worked through.
+    """
+    nothing, found = -2 ** 62, []
+    k = min(k, int(sum_over_processes((labels >= 0).sum())))
+    for q in queries.split(1024):
+        best = [torch.full((len(q), k), nothing, device=q.device)]
+        for b, y in zip(bank.split(2 ** 15), labels.split(2 ** 15)):
+            similarity = q.float() @ b.float().T   # exact to 2^-30 from here on
+            key = ((similarity * 2 ** 30).long() * 2 ** 20 - y).masked_fill_(y < 0, nothing)
+            best.append(key.topk(min(k, len(b))).values)
+        best = torch.cat(best, 1).topk(k).values
+        found.append(gather(best.T.contiguous(), k).T.topk(k).values)
+    key = torch.cat(found)
+    labels = -key % 2 ** 20
+    return (key + labels).float() / 2 ** 50, labels
 
 def knn_classify(bank, labels, queries, k=20, temperature=0.07, classes=None):
     """DINO's weighted k-NN: votes (Q, classes) for queries (Q, D) by their k nearest in bank (n, D), of labels (n,), each
     weighing exp(cosine / temperature). Features are L2-normalized; argmax(1) is the prediction."""
-    classes, k = classes or int(labels.max()) + 1, min(k, len(bank))
-    votes = torch.zeros(len(queries), classes, device=bank.device)
-    chunk = max(1, 2 ** 27 // len(bank))   # half a gigabyte of similarities at a time
-    for q, v in zip(queries.split(chunk), votes.split(chunk)):
-        similarity, nearest = (q @ bank.T).topk(k)
-        v.scatter_add_(1, labels[nearest], (similarity / temperature).exp())
-    return votes
+    return vote(*nearest(bank, labels, queries, k), classes or int(labels.max()) + 1, temperature)
+
+def vote(similarity, labels, classes, temperature=0.07):
+    """Similarities and labels (Q, k) of neighbors -> votes (Q, classes)."""
+    votes = torch.zeros(len(labels), classes, device=labels.device)
+    return votes.scatter_add_(1, labels, (similarity / temperature).exp())
 
 def gather(x, n):
-    """Tensors (at most n, ...) of all processes -> (n * processes, ...), filled up with -1."""
+    """Tensors (at most n, ...) of all processes -> (processes * n, ...), one after the other, filled up with -1."""
     if not dist.is_initialized():
         return x
     x = F.pad(x, [0, 0] * (x.dim() - 1) + [0, n - len(x)], value=-1)
@@ -903,12 +945,10 @@ def knn_accuracy(backbones, train, val, cfg, device, rank=0, world=1):
     (banks, labels), (queries, answers) = (
         extract_features(backbones, EvalView(part, cfg.global_size), device, cfg.batch_size, cfg.workers, rank, world)
         for part in (train, val))
-    n = math.ceil(len(train) / world)
-    labels = gather(labels, n)
-    right = [(knn_classify(gather(bank, n)[labels >= 0], labels[labels >= 0], q, cfg.knn_k).argmax(1) == answers).sum()
-             for bank, q in zip(banks, queries)]
-    counts = mean_over_processes(torch.stack([*right, right[0].new_tensor(len(answers))]).float())
-    return (100 * counts[:-1] / counts[-1]).tolist()
+    n = math.ceil(len(val) / world)
+    answers, classes = gather(answers, n), int(gather(labels.max()[None], 1).max()) + 1
+    return [100 * (knn_classify(bank, labels, gather(q, n), cfg.knn_k, classes=classes).argmax(1) == answers)[answers >= 0]
+            .float().mean().item() for bank, q in zip(banks, queries)]
 
 # ------------------------------------------------------------------------------------------------ checkpoints and log
 def write(value, path):
@@ -932,30 +972,39 @@ def save(cfg, models, step, scaler):
     except (OSError, RuntimeError) as error:   # torch turns a full disk into a RuntimeError
         return f"--out {cfg.out}: the checkpoint of step {step} could not be written ({error}); make room there"
 
+def read_checkpoint(path):
+    """-> the dict that save wrote. Raises Stop where it is none, or damaged."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state["config"]["seed"], state["step"], state["models"]   # it must have these
+        return state
+    except Exception as error:
+        raise Stop(f"{path}: missing, damaged, or no checkpoint of this program ({type(error).__name__}). To start anew delete it "
+                   f"or give another --out") from error
+
+def refuse_other_settings(path, saved, cfg):
+    """Raise Stop with a list of the settings in which cfg differs from those of a checkpoint, but for those that may change."""
+    now = {f.name: getattr(cfg, f.name) for f in fields(cfg) if not f.metadata["resume"]}
+    differ = [f"--{name} was {saved.get(name)}, is {value}" for name, value in now.items() if saved.get(name) != value]
+    if differ:
+        raise Stop(f"{path} is of other settings: {'; '.join(differ)}. Give the same, or another --out")
+
 def resume(cfg, models, scaler):
     """Load --out's checkpoint, if there is one -> its step, else 0. Raises Stop if its settings are others."""
     path = f"{cfg.out}/checkpoint.pth"
     if not os.path.exists(path):
         return 0
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        saved, step, states = state["config"], state["step"], state["models"]
-    except Exception as error:
-        raise Stop(f"{path}: damaged, or no checkpoint of this program ({type(error).__name__}). Delete it to start anew, or "
-                   f"give another --out") from error
-    now = {f.name: getattr(cfg, f.name) for f in fields(Config) if not f.metadata["resume"]}
-    differ = [f"--{name} was {saved.get(name)}, is {value}" for name, value in now.items() if saved.get(name) != value]
-    if differ:
-        raise Stop(f"{path} is of other settings: {'; '.join(differ)}. Give the same, or another --out")
-    for model, state_of_model in zip(models, states):
+    state = read_checkpoint(path)
+    refuse_other_settings(path, state["config"], cfg)
+    for model, state_of_model in zip(models, state["models"]):
         model.load_state(state_of_model)
     scaler.load_state_dict(state["scaler"])
-    say(f"resumed {path} at step {step}")
-    return step
+    say(f"resumed {path} at step {state['step']}")
+    return state["step"]
 
 def read_losses(window, first):
-    """Losses of the steps since the last reading -> their means over steps and processes, by name. Here alone does the host
-    wait for the device. Raises Stop where one is not finite."""
+    """Losses of the steps since the last reading -> their means over steps and processes, by name; here alone does the host wait
+    for the device. Raises Stop where one is not finite."""
     values = mean_over_processes(torch.stack([torch.stack([*losses.values()]) for losses in window])).cpu()
     for row in (~values.isfinite()).any(1).nonzero()[:1, 0].tolist():
         names = ", ".join(name for name, value in zip(window[0], values[row]) if not value.isfinite())
@@ -981,18 +1030,23 @@ def memory_gb(device):
     import resource   # which Windows lacks
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
-def log(cfg, record, last=True):
-    """Append a record to log.jsonl and print it as a line; on a terminal the next overwrites it unless it is the last."""
+def show(record, last=True):
+    """Print a record as a line; on a terminal the next overwrites it unless it is the last."""
+    line = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()
+                     if not k.startswith(("entropy", "spread")) and not isinstance(v, dict))
+    terminal = sys.stdout.isatty()
     if MAIN:
-        try:
+        print(("\r\033[K" if terminal else "") + line, end="" if terminal and not last else "\n", flush=True)
+
+def log(cfg, record, last=True):
+    """Append a record to log.jsonl, and show it."""
+    try:
+        if MAIN:
             with open(f"{cfg.out}/log.jsonl", "a") as f:
                 f.write(json.dumps(record) + "\n")
-        except OSError as error:
-            warn(f"--out {cfg.out}: log.jsonl could not be written ({error})")
-        line = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()
-                         if not k.startswith(("entropy", "spread")))
-        terminal = sys.stdout.isatty()
-        print(("\r\033[K" if terminal else "") + line, end="" if terminal and not last else "\n", flush=True)
+    except OSError as error:
+        warn(f"--out {cfg.out}: log.jsonl could not be written ({error})")
+    show(record, last)
 
 # ----------------------------------------------------------------------------------------------------------- training
 def train(cfg, models, images, val, device, rank, world):
@@ -1138,15 +1192,7 @@ class Pixels(nn.Module):   # the demo's baseline
         return x.flatten(1), None
 
 def run(cfg):
-    device, rank, world = setup_processes()
-    if cfg.batch_size % world:
-        raise Stop(f"--batch_size {cfg.batch_size} does not divide by {world} processes: choose a multiple")
-    if cfg.dtype == "auto":
-        cfg.dtype = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    if cfg.workers is None:
-        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cuda" else 1
-        cfg.workers = min(16, max(1, cores))
-    torch.backends.cudnn.benchmark = True
+    device, rank, world = set_up(cfg)
     images, val = get_data(cfg)
     if cfg.preview:
         return preview(cfg, images, device)
@@ -1183,15 +1229,16 @@ def run(cfg):
         kwargs = "".join(f", {k}={v!r}" for k, v in b.timm_kwargs.items())
         say(f"timm.create_model({b.timm_name!r}, num_classes=0{kwargs}, checkpoint_path='{cfg.out}/model{m.i}.pth')")
 
-def main(argv=None):
+def main(argv=None, program="mokd.py", parse=parse_args, run=run):
+    """Run a program of this project -> its exit code. What stops it is one sentence, not a traceback."""
     try:
-        run(parse_args(argv))
+        run(parse(argv))
     except Stop as stop:
         if MAIN or stop.code == 1:
-            warn(f"mokd.py: {stop}")
+            warn(f"{program}: {stop}")
         return stop.code
     except torch.cuda.OutOfMemoryError:
-        warn("mokd.py: out of GPU memory: lower --batch_size, --local_crops or --out_dim, or use more GPUs")
+        warn(f"{program}: out of GPU memory: use a smaller --batch_size, or more GPUs; training: fewer --local_crops, a smaller --out_dim")
         return 1
     finally:
         if dist.is_initialized():

@@ -4,7 +4,9 @@ a property that the paper states.
     python -m pytest -q test_mokd.py                # all; the slow ones (full-size networks) take about two minutes of it
     python -m pytest -q test_mokd.py -m "not slow"
 """
+import argparse
 import copy
+import dataclasses
 import itertools
 import json
 import math
@@ -27,6 +29,8 @@ import torchvision
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
+import eval_knn
+import eval_linear
 import mokd
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -129,7 +133,7 @@ def released():
             for which in ("local", "global"):
                 pairs = mokd.search_pairs(2 + L, which)
                 outputs[f"search{i}_{which}"] = mokd.search(t_, query, outputs[f"Z{i}_"], pairs).flatten(0, 1)
-    now = mokd.Now(0, 0, (0, 1, 0), 1.0, temp, temp)
+    now = mokd.Now(0, 1, 0, 0, 1.0, temp, temp)
     losses, grads = gradients_of_step(cfg, models, x, now)
     return d, cfg, models, outputs, losses, grads
 
@@ -322,7 +326,7 @@ def test_step_equals_a_naive_transcription_of_algorithm_1(variant):
 
 def naive_update(m, cfg, now):
     """The first update of SGD with momentum or of AdamW, by its formula, with the paper's learning rates and weight decay."""
-    step, steps, warmup = now.progress
+    step, steps, warmup = now.step, now.steps, now.warmup
     cosine = lambda a, b: b + (a - b) * 0.5 * (1 + math.cos(math.pi * step / steps))
     assert warmup == 0
     for k, p in m.net.named_parameters():
@@ -489,11 +493,11 @@ def test_weight_decay_spares_biases_and_1d_parameters_and_groups_are_complete():
             groups = [g for o in m.optimizers for g in o.param_groups]
             assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in m.params if p.requires_grad)
             for g in groups:
-                assert all((p.dim() <= 1) == (g["wd_start"] == g["wd_end"] == 0) for p in g["params"])
+                assert all((p.dim() <= 1) == (g["wd_ends"] == (0, 0)) for p in g["params"])
     m = models_of(config("--t_optimizer", "sgd"))[0]
     assert [type(o) for o in m.optimizers] == [torch.optim.SGD]
     t = next(g for g in m.optimizers[0].param_groups if any(p is m.t.pos for p in g["params"]))
-    assert (t["lr_start"], t["wd_start"]) == (0.03 * 8 / 256, 0.04)
+    assert (t["lr_ends"][0], t["wd_ends"]) == (0.03 * 8 / 256, (0.04, 0.04))
 
 
 def test_stochastic_depth_is_for_the_student_vit_alone():
@@ -898,17 +902,49 @@ def test_knn_equals_a_double_loop_and_ignores_chunks():
             assert votes[q].tolist() == pytest.approx(expected, rel=1e-4)
 
 
-def test_features_are_normalised_pooled_representations_of_labeled_images():
+
+def test_ties_and_shards_do_not_change_the_vote_and_a_small_bank_is_enough(monkeypatch):
+    """Many neighbors at one distance, with other labels: the lower label comes first, whatever the order of the bank."""
+    g = torch.Generator().manual_seed(0)
+    bank = torch.eye(4)[torch.randint(4, (60,), generator=g)]
+    labels = torch.randint(5, (60,), generator=g)
+    labels[7] = -1                                   # unreadable: does not count
+    queries = torch.eye(4)
+    expected = []
+    for q in queries:
+        ranked = sorted((-float(q @ b), int(y)) for b, y in zip(bank, labels) if y >= 0)[:20]
+        expected.append([(-s, y) for s, y in ranked])
+    for _ in range(3):
+        similarity, neighbors = mokd.nearest(bank, labels, queries, 20)
+        assert [list(zip(s, y)) for s, y in zip(similarity.tolist(), neighbors.tolist())] == expected
+        order = torch.randperm(60, generator=g)
+        bank, labels = bank[order], labels[order]
+    assert mokd.nearest(bank, labels, queries, 500)[0].shape == (4, 59)
+    similarity, _ = mokd.nearest(F.normalize(torch.randn(40, 9, generator=g), dim=1), torch.arange(40), -torch.ones(1, 9) / 3, 40)
+    assert similarity.min() < 0 and similarity[0].tolist() == sorted(similarity[0].tolist(), reverse=True)
+
+
+def test_nearest_of_a_large_bank_takes_seconds():
+    g = torch.Generator().manual_seed(0)
+    bank, queries = (F.normalize(torch.randn(n, 512, generator=g), dim=1).half() for n in (100_000, 2_000))
+    start = time.time()
+    similarity, labels = mokd.nearest(bank, torch.arange(100_000) % 1000, queries, 200)
+    assert time.time() - start < 30                  # under 10 s on two idle cores; a test may run beside others
+    exact = (queries[:50].float() @ bank.float().T).topk(200)
+    assert torch.allclose(similarity[:50], exact.values, atol=1e-6) and (labels[:50] == exact.indices % 1000).float().mean() > 0.999
+
+
+def test_features_are_normalised_pooled_representations():
     cfg = config()
     backbones = [m.momentum_net.backbone for m in models_of(cfg)]
     x, y = mokd.draw_toy(20, 1)
     y[3] = -1
     (f1, f2), labels = mokd.extract_features(backbones, mokd.EvalView(torch.utils.data.TensorDataset(x, y), 32), torch.device("cpu"), 8)
-    assert len(f1) == len(f2) == len(labels) == 19 and backbones[0].training
+    assert len(f1) == len(f2) == 20 and labels.tolist() == y.tolist() and backbones[0].training
     view = TF.center_crop(TF.resize(x[:1], [37], TF.InterpolationMode.BICUBIC, antialias=True), [32, 32])
     with torch.no_grad():
         expected = backbones[0].eval()(mokd.normalize(view.float() / 255))[0]
-    assert torch.allclose(f1[0], F.normalize(expected[0], dim=0), atol=1e-5)
+    assert f1.dtype == torch.half and torch.allclose(f1[0].float(), F.normalize(expected[0], dim=0), atol=5e-4)
 
 
 # ----------------------------------------------------------------------------------------------- whole runs, by the command line
@@ -1244,3 +1280,357 @@ def test_no_step_waits_for_the_gpu():
         torch.cuda.set_sync_debug_mode("error" if step == 2 else "default")
         mokd.train_step(*models, mokd.make_views(crops, cfg, device, step), cfg, now_of(cfg))
     torch.cuda.set_sync_debug_mode("default")
+
+
+# --------------------------------------------------------------------------------------- eval_knn.py and eval_linear.py
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A pair of two epochs' training on toy; the ViT reads its CLS token."""
+    out = tmp_path_factory.mktemp("trained")
+    assert mokd.main([*SMALL, *PAIR, "--out", str(out), "--batch_size", "256", "--vit_pool", "cls", "--save_every", "99"]) == 0
+    return out
+
+
+def knn(*args):
+    return eval_knn.run(eval_knn.parse([*map(str, args), "--workers", "0"]))
+
+
+def test_eval_knn_equals_a_naive_vote_over_its_saved_features(trained, tmp_path, capsys):
+    file = tmp_path / "features.pt"
+    results = knn("--checkpoint", trained / "checkpoint.pth", "--k", 3, 10, "--save", file)
+    saved, printed = torch.load(file, weights_only=True), capsys.readouterr().out
+    x, y = mokd.draw_toy(1024, "val")
+    assert torch.equal(saved["val"]["labels"], y) and saved["train"]["labels"].shape == (4096,)
+    state = torch.load(trained / "checkpoint.pth", weights_only=True)
+    predictions = {}
+    for i, (name, features) in enumerate(saved["val"]["features"].items()):
+        backbone = models_of(config("--vit_pool", "cls"))[i].momentum_net.backbone
+        backbone.load_state_dict({k[9:]: v for k, v in state["models"][i][1].items() if k.startswith("backbone.")})
+        view = TF.center_crop(TF.resize(x[:4], [37], TF.InterpolationMode.BICUBIC, antialias=True), [32, 32])
+        expected = F.normalize(backbone.eval()(mokd.normalize(view.float() / 255))[0], dim=1)
+        assert torch.allclose(features[:4].float(), expected, atol=1e-3)
+        bank, labels = saved["train"]["features"][name].numpy().astype(np.float32), saved["train"]["labels"].numpy()
+        for k in (3, 10):
+            top1 = top5 = 0
+            for f, answer in zip(features.numpy().astype(np.float32), y.tolist()):
+                s, votes = bank @ f, np.zeros(8)
+                for j in np.argsort(-s, kind="stable")[:k]:
+                    votes[labels[j]] += math.exp(s[j] / 0.07)
+                ranked = [c for c in np.argsort(-votes, kind="stable") if votes[c] > 0]
+                predictions.setdefault((i, k), []).append(ranked[0])
+                top1, top5 = top1 + (ranked[0] == answer), top5 + (answer in ranked[:5])
+            assert results[name, k] == pytest.approx([100 * top1 / 1024, 100 * top5 / 1024], abs=0.2)   # 0.1 is one image
+            assert f"{results[name, k][0]:.2f}" in printed
+    for k in (3, 10):
+        same = 100 * np.mean(np.array(predictions[0, k]) == np.array(predictions[1, k]))
+        shown = [float(v) for v in re.search("the same class(.*)", printed)[1].split()]
+        assert min(abs(v - same) for v in shown) < 0.3
+    assert printed.count("*") == 3   # the legend, and the best k of each model
+
+
+def test_eval_knn_of_two_processes_equals_that_of_one(trained, tmp_path):
+    tables = []
+    for n, launch in (("1", []), ("2", torchrun(2))):
+        done = subprocess.run([sys.executable, *launch, "eval_knn.py", "--checkpoint", str(trained / "checkpoint.pth"), "--workers", "0", "--save",
+                               str(tmp_path / n)], cwd=HERE, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        tables.append(done.stdout.split("k-NN on")[1].replace(str(tmp_path / n), ""))
+    assert tables[0] == tables[1]
+    one, two = (torch.load(tmp_path / n, weights_only=True) for n in "12")
+    assert torch.equal(one["val"]["labels"], two["val"]["labels"])
+    for name, f in one["train"]["features"].items():
+        assert torch.allclose(f.float(), two["train"]["features"][name].float(), atol=1e-3)
+
+
+def test_eval_knn_takes_weights_students_and_one_model(trained, tmp_path, monkeypatch):
+    kwargs = ["--model_kwargs", *CNN]
+    both = knn("--checkpoint", trained / "checkpoint.pth", "--k", 10)
+    alone = knn("--arch", "resnet18", *kwargs, "--weights", trained / "model1.pth", "--data", "toy", "--image_size", 32, "--k", 10)
+    assert [*alone] == [("resnet18", 10)] and alone["resnet18", 10] == both["1 resnet18", 10]
+    assert [*knn("--checkpoint", trained / "checkpoint.pth", "--k", 10, "--model", 2)] == [("2 vit_tiny", 10)]
+    student = knn("--checkpoint", trained / "checkpoint.pth", "--k", 10, "--net", "student")
+    untrained = knn("--arch", "resnet18", *kwargs, "--data", "toy", "--image_size", 32, "--k", 10)
+    other = knn("--arch", "resnet18", *kwargs, "--data", "toy", "--image_size", 32, "--k", 10, "--seed", 1)
+    assert len({str(r) for r in (student["1 resnet18", 10], untrained["resnet18", 10], other["resnet18", 10],
+                                 alone["resnet18", 10])}) == 4
+    soft = knn("--checkpoint", trained / "checkpoint.pth", "--k", 10, "--temperature", 1000, "--resize", 60, "--batch_size", 100)
+    assert soft != both
+
+    def create(name, pretrained=False, **kw):   # no network here: weights whose mean and deviation are 0.5, as some of timm's
+        model = timm_create(name, **kw)
+        if pretrained:
+            model.load_state_dict(torch.load(trained / "model1.pth", weights_only=True))
+            model.pretrained_cfg = model.pretrained_cfg | dict(mean=(0.5,) * 3, std=(0.5,) * 3)
+        return model
+    timm_create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", create)
+    cfg = eval_knn.parse(["--arch", "resnet18", *kwargs, "--pretrained", "--data", "toy", "--image_size", "32"])
+    backbone = eval_knn.load_backbones(cfg)["resnet18"]
+    plain = timm_create("resnet18", num_classes=0, **backbone.timm_kwargs)
+    plain.load_state_dict(torch.load(trained / "model1.pth", weights_only=True))
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.allclose(backbone(mokd.normalize(x))[0], plain.eval()((x - 0.5) / 0.5), atol=1e-5)
+
+
+def evaluation_fails(script, args, capsys):
+    """-> the sentence with which a script ends; code 2 and no traceback."""
+    parse, run = {"knn": (eval_knn.parse, eval_knn.run), "linear": (eval_linear.parse, eval_linear.run)}[script]
+    assert mokd.main([*map(str, args)], f"eval_{script}.py", parse, run) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith(f"eval_{script}.py: ")
+    return message
+
+
+@pytest.mark.parametrize("args, words", [
+    ([], "--checkpoint FILE or --arch"), (["--checkpoint", "HERE", "--arch", "resnet18"], "either --checkpoint"),
+    (["--checkpoint", "nowhere.pth"], "nowhere.pth"), (["--checkpoint", "HERE", "--weights", "x"], "--weights"),
+    (["--arch", "resnet18"], "--data"), (["--arch", "resnet99", "--data", "toy"], "resnet99"),
+    (["--arch", "resnet34", "--weights", "MODEL", "--data", "toy", "--image_size", "32"], "does not fit resnet34"),
+    (["--arch", "resnet18", "--weights", "MODEL", "--pretrained", "--data", "toy"], "either --weights"),
+    (["--checkpoint", "HERE", "--data", "nowhere"], "nowhere"), (["--checkpoint", "HERE", "--resize", "8"], "--resize 8"),
+    (["--checkpoint", "HERE", "--k", "0"], "--k 0"), (["--checkpoint", "HERE", "--save", "/nowhere/f.pt"], "/nowhere/f.pt")])
+def test_what_eval_knn_cannot_do_is_said(trained, args, words, capsys):
+    args = [{"HERE": trained / "checkpoint.pth", "MODEL": trained / "model1.pth"}.get(a, a) for a in args]
+    if "--save" in args:
+        assert mokd.main([*map(str, args)], "eval_knn.py", eval_knn.parse, eval_knn.run) == 1
+        assert words in capsys.readouterr().err
+    else:
+        assert words in evaluation_fails("knn", args, capsys)
+
+
+@pytest.mark.parametrize("script", ["knn", "linear"])
+def test_data_whose_parts_do_not_fit_is_refused(script, trained, tmp_path, capsys, monkeypatch):
+    args = ["--checkpoint", trained / "checkpoint.pth", "--workers", 0, "--data", tmp_path]
+    for part, classes in (("train", "ab"), ("val", "ac")):
+        for c in classes:
+            (tmp_path / part / c).mkdir(parents=True)
+            Image.fromarray(picture(3)).save(tmp_path / part / c / "x.png")
+    assert "same class folders" in evaluation_fails(script, args, capsys)
+    (tmp_path / "val").rename(tmp_path / "v")
+    assert "no validation images" in evaluation_fails(script, args, capsys)
+    x, y = mokd.draw_toy(64, 0)
+    data = torch.utils.data.TensorDataset
+    monkeypatch.setattr(mokd, "get_data", lambda cfg: (data(x, y), data(x, y + 1)))
+    assert "label 8" in evaluation_fails(script, args, capsys)
+
+
+# ------------------------------------------------------------------------------------- linear probing and fine-tuning
+
+def linear(out, *args):
+    return eval_linear.run(eval_linear.parse([*map(str, args), "--workers", "0", "--out", str(out)]))
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """toy, but with few images: 8 classes of 32."""
+    data = torch.utils.data.TensorDataset
+    parts = [data(*mokd.draw_toy(n, part)) for n, part in ((256, "train"), (64, "val"))]
+    monkeypatch.setattr(mokd, "get_data", lambda cfg: parts)
+    return parts
+
+
+def test_rates_at_once_equal_each_rate_alone_and_a_naive_loop(trained, few, tmp_path):
+    source = ["--checkpoint", trained / "checkpoint.pth", "--batch_size", 64, "--epochs", 2, "--warmup_epochs", 1]
+    rates = [0.01, 0.1, 1.0, 4.0]
+    together = linear(tmp_path / "all", *source, "--lr", *rates)
+    weights = torch.load(tmp_path / "all" / "checkpoint.pth", weights_only=True)["models"][0]
+    for place, rate in enumerate(rates):
+        alone = linear(tmp_path / str(rate), *source, "--lr", rate)
+        single = torch.load(tmp_path / str(rate) / "checkpoint.pth", weights_only=True)["models"][0]
+        for part in "01":
+            for k in ("weight", "bias"):
+                assert close(weights[f"parts.{part}.layers.{place}.{k}"], single[f"parts.{part}.layers.0.{k}"], 1e-5)
+        assert {n: r[f"{rate:g}"] for n, r in together.items()} == {n: r[f"{rate:g}"] for n, r in alone.items()}
+
+    # the same by hand, for model 1 at the largest rate
+    cfg = eval_linear.parse([*map(str, source)])
+    backbone = eval_knn.load_backbones(cfg)["1 resnet18"].eval()
+    W = torch.empty(8, backbone.dim).normal_(std=0.01, generator=mokd.generator(0, "classifier")).requires_grad_()
+    b, step, V, v = torch.zeros(8, requires_grad=True), 0, torch.zeros(8, backbone.dim), torch.zeros(8)
+    for epoch in range(2):
+        for keys in mokd.batches(256, argparse.Namespace(batch_size=64, epochs=2, seed=0)):
+            if keys[0][0] != epoch:
+                continue
+            x, y = zip(*(eval_linear.TrainView(few[0], cfg)[key] for key in keys))
+            with torch.no_grad():
+                f = backbone(mokd.normalize(torch.stack(x).float() / 255))[0]
+            loss = F.cross_entropy(f @ W.T + b, torch.tensor(y))
+            gW, gb = torch.autograd.grad(loss, (W, b))
+            peak = 4.0 * 64 / 256
+            lr = peak * step / 4 if step < 4 else peak * 0.5 * (1 + math.cos(math.pi * (step - 4) / 4))
+            V, v = 0.9 * V + gW, 0.9 * v + gb
+            W, b = (W - lr * V).detach().requires_grad_(), (b - lr * v).detach().requires_grad_()
+            step += 1
+    assert step == 8 and close(weights["parts.0.layers.3.weight"], W, 1e-4) and close(weights["parts.0.layers.3.bias"], b, 1e-4)
+    saved = json.load(open(tmp_path / "all" / "results.json"))
+    assert saved["results"] == together and saved["settings"]["lr"] == rates
+
+
+def test_probing_leaves_the_backbone_alone_and_fine_tuning_does_not(trained, few, tmp_path, capsys):
+    before = [torch.load(trained / f"model{i}.pth", weights_only=True) for i in (1, 2)]
+    for mode in ([], ["--finetune"]):
+        out = tmp_path / f"o{len(mode)}"
+        linear(out, "--checkpoint", trained / "checkpoint.pth", "--batch_size", 64, "--epochs", 1, "--lr", 0.5, *mode)
+        lines = [line for line in capsys.readouterr().out.splitlines() if "timm.create_model(" in line]
+        for i, line in zip((1, 2), lines, strict=True):
+            model = eval(line[line.index("timm.create_model("):])   # our own line, which says how to load the classifier
+            same = [torch.equal(model.state_dict()[k], v) for k, v in before[i - 1].items()]
+            assert all(same) != bool(mode)
+            results = json.load(open(out / "results.json"))["results"]
+            top1 = results[[*results][i - 1]]["0.5"]["top1"]
+            size = 32 if mode else 37   # fine-tuned with all labels, images are resized; else cropped from larger ones
+            x = TF.center_crop(TF.resize(few[1].tensors[0], [size], TF.InterpolationMode.BICUBIC, antialias=True), [32, 32])
+            with torch.no_grad():
+                guess = model.eval()(mokd.normalize(x.float() / 255)).argmax(1)
+            assert 100 * (guess == few[1].tensors[1]).float().mean().item() == pytest.approx(top1, abs=1e-3)
+
+
+def test_linear_features_of_last_blocks_are_dinos(trained, few, tmp_path, capsys):
+    cfg = eval_linear.parse(["--checkpoint", str(trained / "checkpoint.pth"), "--n_last_blocks", "2", "--avgpool"])
+    backbones = eval_knn.load_backbones(cfg)
+    vit = eval_linear.Classifier(backbones["2 vit_tiny"], cfg, 8, (0.1,))
+    x, seen, model = torch.randn(2, 3, 32, 32), [], vit.backbone.model
+    hooks = [block.register_forward_hook(lambda m, i, out: seen.append(model.norm(out))) for block in model.blocks]
+    with torch.no_grad():
+        model.forward_features(x)
+        for h in hooks:
+            h.remove()
+        assert torch.allclose(vit.features(x), torch.cat([seen[-2][:, 0], seen[-1][:, 0], seen[-1][:, 1:].mean(1)], 1), atol=1e-5)
+    cnn = eval_linear.Classifier(backbones["1 resnet18"], cfg, 8, (0.1,))
+    assert cnn.layers[0].in_features == 16 and vit.layers[0].in_features == 3 * 24   # a CNN's feature stays as it is
+    source = ["--checkpoint", trained / "checkpoint.pth", "--batch_size", 64, "--epochs", 1]
+    linear(tmp_path / "a", *source, "--n_last_blocks", 2)
+    assert "the linear layer alone" in capsys.readouterr().out
+    assert torch.load(tmp_path / "a" / "classifier2.pth", weights_only=True)["weight"].shape == (8, 48)
+    linear(tmp_path / "b", *source, "--model", 2, "--avgpool")
+    assert torch.load(tmp_path / "b" / "classifier2.pth", weights_only=True)["weight"].shape == (8, 48)
+
+
+def test_defaults_follow_from_what_is_trained(trained, tmp_path):
+    def filled(labeled, total, *args):
+        cfg = eval_linear.parse(["--checkpoint", "runs/x/checkpoint.pth", *args])
+        eval_linear.fill_in(cfg, labeled, total, 8)
+        return cfg.epochs, cfg.warmup_epochs, cfg.batch_size, cfg.out
+    n = 1_281_167
+    assert filled(n, n) == (100, 10, 2048, "runs/x/linear")
+    assert filled(n // 100, n, "--finetune", "--label_fraction", "0.01") == (60, 5, 1024, "runs/x/finetune-0.01")
+    assert filled(n // 10, n, "--finetune", "--label_fraction", "0.1") == (30, 5, 1024, "runs/x/finetune-0.1")
+    assert filled(50_000, 50_000, "--finetune") == (100, 10, 1024, "runs/x/finetune")
+    assert filled(n // 100, n, "--finetune", "--subset", "f") == (60, 5, 1024, "runs/x/finetune-subset")
+    assert filled(600, 60_000, "--finetune", "--epochs", "7", "--out", "o") == (7, 1, 600, "o")
+    assert filled(n, n, "--batch_size", "512", "--warmup_epochs", "0") == (100, 0, 512, "runs/x/linear")
+
+
+def test_labels_kept_are_class_balanced_and_drawn_by_seed(few):
+    kept = {}
+    for seed in (0, 0, 1):
+        cfg = eval_linear.parse(["--arch", "resnet18", "--data", "toy", "--label_fraction", "0.25", "--seed", str(seed)])
+        part = eval_linear.with_label(eval_knn.labeled_data(cfg)[0], cfg)
+        assert sorted(y for _, y in (part[i] for i in range(len(part)))) == sorted(8 * [*range(8)])
+        kept.setdefault(seed, []).append(part.indices)
+    assert kept[0][0] == kept[0][1] != kept[1][0]
+
+
+def test_a_subset_file_names_the_images_that_keep_their_label(trained, tmp_path, capsys):
+    data = tmp_path / "data"
+    for part in ("train", "val"):
+        for c in "ab":
+            (data / part / c).mkdir(parents=True)
+            for i in range(8):
+                Image.fromarray(picture(i)).save(data / part / c / f"{part}_{c}{i}.png")
+    (tmp_path / "list.txt").write_text("train_a3.png\ntrain_b5.png\n\ntrain_b0.png\n")
+    args = ["--checkpoint", str(trained / "checkpoint.pth"), "--data", str(data), "--workers", "0", "--out", str(tmp_path / "o")]
+    cfg = eval_linear.parse([*args, "--subset", str(tmp_path / "list.txt")])
+    part = eval_linear.with_label(eval_knn.labeled_data(cfg)[0], cfg)
+    assert [os.path.basename(mokd.name_of(part, i)) for i in range(3)] == ["train_a3.png", "train_b0.png", "train_b5.png"]
+    results = linear(tmp_path / "o", *args[:-4], "--subset", tmp_path / "list.txt", "--finetune", "--epochs", 2, "--lr", 0.1)
+    assert results["1 resnet18"]["0.1"]["top5"] == 100   # of two classes
+    for text, word in (("nobody.png\n", "nobody.png"), ("", "empty")):
+        (tmp_path / "list.txt").write_text(text)
+        assert word in evaluation_fails("linear", [*args, "--subset", tmp_path / "list.txt"], capsys)
+
+
+@pytest.mark.parametrize("mode", [["--lr", 0.1, 1.0], ["--finetune", "--lr", 0.05, 0.2]])
+def test_linear_resumes_bit_for_bit_after_sigterm(mode, trained, few, tmp_path, capsys, monkeypatch):
+    args = ["--checkpoint", trained / "checkpoint.pth", "--batch_size", 32, "--epochs", 2, *mode]
+    whole = linear(tmp_path / "whole", *args)
+    calls, cross_entropy = itertools.count(), F.cross_entropy
+    at = (16 + 5) * 2 if "--finetune" in mode else 13 * 4   # in the second rate's first epoch; two rates of two models a step
+
+    def signalled(*a):
+        if next(calls) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return cross_entropy(*a)
+    monkeypatch.setattr(eval_linear.F, "cross_entropy", signalled)
+    code = mokd.main([*map(str, args), "--workers", "0", "--out", str(tmp_path / "cut")], "eval_linear.py", eval_linear.parse,
+                     eval_linear.run)
+    monkeypatch.undo()
+    assert code == 128 + signal.SIGTERM and "SIGTERM after step" in capsys.readouterr().err
+    parts = [torch.utils.data.TensorDataset(*mokd.draw_toy(n, part)) for n, part in ((256, "train"), (64, "val"))]
+    monkeypatch.setattr(mokd, "get_data", lambda cfg: parts)
+    assert linear(tmp_path / "cut", *args) == whole
+    assert "resumed" in capsys.readouterr().out
+    a, b = (torch.load(tmp_path / run / "checkpoint.pth", weights_only=True)["models"][0] for run in ("whole", "cut"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    for i in (1, 2):
+        a, b = (torch.load(tmp_path / run / f"classifier{i}.pth", weights_only=True) for run in ("whole", "cut"))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    assert "--epochs was 2, is 3" in evaluation_fails("linear", [*args[:-len(mode)], "--epochs", 3, *mode, "--workers", 0, "--out",
+                                                                 tmp_path / "cut"], capsys)
+
+
+@pytest.mark.parametrize("mode", [[], ["--finetune"]])
+def test_linear_of_two_processes_equals_that_of_one(mode, trained, tmp_path):
+    results = []
+    for n, launch in (("1", []), ("2", torchrun(2))):
+        done = subprocess.run([sys.executable, *launch, "eval_linear.py", "--checkpoint", str(trained / "checkpoint.pth"), "--workers", "0", "--out",
+                               str(tmp_path / n), "--label_fraction", "0.1", "--batch_size", "136", "--epochs", "1", "--lr", "0.5",
+                               "--warmup_epochs", "0", *mode], cwd=HERE, capture_output=True, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        results.append(torch.load(tmp_path / n / "checkpoint.pth", weights_only=True)["models"][0])
+    for k, v in results[0].items():
+        if ".layers." in k:
+            assert close(results[1][k], v, 1e-3 if mode else 1e-5), k
+
+
+def test_a_diverged_rate_stops_neither_the_others_nor_the_run(trained, few, tmp_path, capsys):
+    source = ["--checkpoint", trained / "checkpoint.pth", "--batch_size", 64, "--epochs", 2, "--warmup_epochs", 0]
+    results = linear(tmp_path / "a", *source, "--lr", 1e38, 0.5)
+    assert results["1 resnet18"]["1e+38"]["top1"] == 0 < results["1 resnet18"]["0.5"]["top1"]
+    assert results["1 resnet18"]["0.5"] == linear(tmp_path / "b", *source, "--lr", 0.5)["1 resnet18"]["0.5"]
+    assert "diverged at --lr 1e+38" in capsys.readouterr().err
+    code = mokd.main([*map(str, source), "--lr", "1e38", "--workers", "0", "--out", str(tmp_path / "c")], "eval_linear.py",
+                     eval_linear.parse, eval_linear.run)
+    assert code == 1 and "every rate diverged" in capsys.readouterr().err
+
+
+def test_unreadable_training_images_are_named_and_too_many_stop_linear(trained, tmp_path, capsys):
+    for part in ("train", "val"):
+        (tmp_path / part / "a").mkdir(parents=True)
+        for i in range(6):
+            Image.fromarray(picture(i)).save(tmp_path / part / "a" / f"{i}.png")
+    (tmp_path / "train" / "a" / "6.png").write_bytes(b"no image")
+    code = mokd.main(["--checkpoint", str(trained / "checkpoint.pth"), "--data", str(tmp_path), "--workers", "0", "--out",
+                      str(tmp_path / "o"), "--epochs", "1"], "eval_linear.py", eval_linear.parse, eval_linear.run)
+    message = capsys.readouterr().err
+    assert code == 1 and "6.png" in message and "1 %" in message
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--lr", "0.1", "0.1"], "twice"), (["--label_fraction", "2"], "--label_fraction"), (["--subset", "f", "--label_fraction", "0.5"],
+     "either --label_fraction"), (["--batch_size", "99999"], "4096 labeled"), (["--n_last_blocks", "9"], "only 2 blocks"),
+    (["--model", "1", "--avgpool"], "for ViTs"), (["--epochs", "2", "--warmup_epochs", "3"], "--warmup_epochs 3"),
+    (["--subset", "nowhere.txt"], "nowhere.txt"), (["--out", "/dev/null/x"], "/dev/null/x")])
+def test_what_eval_linear_cannot_do_is_said(trained, args, words, capsys, tmp_path):
+    out = [] if "--out" in args else ["--out", tmp_path]
+    assert words in evaluation_fails("linear", ["--checkpoint", trained / "checkpoint.pth", *args, *out], capsys)
+
+
+def test_help_of_the_evaluations_names_every_setting():
+    for script in ("eval_knn", "eval_linear"):
+        done = subprocess.run([sys.executable, f"{script}.py", "--help"], cwd=HERE, capture_output=True, text=True)
+        assert done.returncode == 0
+        for f in dataclasses.fields((eval_knn if script == "eval_knn" else eval_linear).Config):
+            assert f"--{f.name} " in done.stdout
