@@ -157,7 +157,7 @@ def run(cfg):
     features, labels = [], []
     for name, images in zip(("bank", "queries"), parts):
         f, y = mokd.extract_features(
-            [b.to(device) for b in backbones.values()], mokd.EvalView(images, cfg.image_size, cfg.resize), device,
+            [b.to(device, memory_format=mokd.layout(device)) for b in backbones.values()], mokd.EvalView(images, cfg.image_size, cfg.resize), device,
             cfg.batch_size // world, cfg.workers, rank, world, cfg.dtype, progress_of(name, math.ceil(len(images) / world)))
         features.append(f)
         labels.append(y)

@@ -217,7 +217,8 @@ def train(cfg, names, net, place, state, images, val, device, rank, world):
         scaler.load_state_dict(state["scaler"])
         first = state["step"]
         say(f"resumed {path} at step {first}")
-    forward = net if world == 1 else nn.parallel.DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None)
+    forward = net if world == 1 else nn.parallel.DistributedDataParallel(
+        net, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
     per_epoch = len(images) // cfg.batch_size
     step, steps, warmup = first, cfg.epochs * per_epoch, cfg.warmup_epochs * per_epoch
     caught, window, unreadable, start = set(), [], 0, time.time()
@@ -344,7 +345,7 @@ def run(cfg):
     rates = {name: cfg.lr or (0.01 if cfg.finetune else 0.08 if b.family == "cnn" else 0.008,) for name, b in backbones.items()}
     loads = {}
     for place in range(state["place"] if state else 0, len(cfg.lr) if cfg.finetune and cfg.lr else 1):
-        parts = [Classifier(copy.deepcopy(b).to(device), cfg, classes, r[place:place + 1] if cfg.finetune else r)
+        parts = [Classifier(copy.deepcopy(b).to(device, memory_format=mokd.layout(device)), cfg, classes, r[place:place + 1] if cfg.finetune else r)
                  for b, r in zip(backbones.values(), rates.values())]
         net = Classifiers(parts).to(device)
         net = mokd.sync_batch_norm(net, device) if cfg.finetune and world > 1 else net

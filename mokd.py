@@ -15,7 +15,7 @@ Names are Algorithm 1's: m and t are logits of the MLP-Head and the T-Head, Z is
 momentum net. In shapes, B is the images of one process, V = 2 + L the views of an image (2 global, then L local), K the
 logits of a head, C a backbone's channels, N its tokens.
 """
-import argparse, ast, copy, functools, hashlib, json, math, os, signal, sys, time   # noqa: E401
+import argparse, ast, copy, functools, hashlib, json, math, os, random, signal, sys, time   # noqa: E401
 from collections import namedtuple
 from dataclasses import asdict, dataclass, field, fields
 
@@ -25,11 +25,12 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageFilter
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import Subset
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2 import RandomResizedCrop, functional as TF
 
 class Stop(Exception):
@@ -229,6 +230,9 @@ def set_up(cfg):
 def autocast(device, dtype):
     types = dict(bf16=torch.bfloat16, fp16=torch.float16)   # fp32 needs none
     return torch.autocast(device.type, types.get(dtype), enabled=dtype in types)
+
+def layout(device):   # of images and weights in memory, which GPUs convolve faster with channels last
+    return torch.channels_last if device.type == "cuda" else torch.preserve_format
 
 def say(text):
     if MAIN:
@@ -664,12 +668,34 @@ def H(t, s, center=0.0, teacher_temp=0.07, student_temp=0.1):
     return cross_entropy(target(t, center, teacher_temp), s, student_temp)
 
 def multi_crop_H(t, s, center=0.0, teacher_temp=0.07, student_temp=0.1, pairs=None):
-    """H averaged over pairs of a row of t (G, B, K) and a view of s (V, B, K): those given, or all of different views. The
-    targets of a view are added up first, which saves passes over its logits."""
+    """H averaged over pairs of a row of t (G, B, K) and a view of s (V, B, K): those given, or all of different views."""
     pairs = pairs or [(g, v) for g in range(len(t)) for v in range(len(s)) if v != g]
-    p = [target(row, center, teacher_temp) for row in t]
-    return sum(cross_entropy(sum(p[g] for g, w in pairs if w == v), s[v], student_temp)
-               for v in sorted({v for _, v in pairs})) / len(pairs)
+    return MultiCropH.apply(s, t, center, teacher_temp, student_temp, pairs)
+
+class MultiCropH(torch.autograd.Function):
+    """multi_crop_H in little memory: autograd would keep targets and logits in float for every view, here backward computes them
+    again, one view at a time. The targets of a view are added up first, which saves passes over its logits."""
+    @staticmethod
+    def views(t, s, center, teacher_temp, pairs):
+        """Yields a view of s and the sum of its targets (B, K); views with the same targets share them."""
+        rows = {v: tuple(g for g, w in pairs if w == v) for v in range(len(s))}
+        for same in sorted({*rows.values()} - {()}):
+            p = sum(target(t[g], center, teacher_temp) for g in same)
+            yield from ((v, p) for v in rows if rows[v] == same)
+
+    @staticmethod
+    def forward(ctx, s, t, center, teacher_temp, student_temp, pairs):
+        ctx.save_for_backward(s, t)
+        ctx.others = center, teacher_temp, student_temp, pairs
+        return sum(cross_entropy(p, s[v], student_temp) for v, p in MultiCropH.views(t, s, center, teacher_temp, pairs)) / len(pairs)
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        (s, t), (center, teacher_temp, student_temp, pairs), grad = ctx.saved_tensors, ctx.others, torch.zeros_like(ctx.saved_tensors[0])
+        for v, p in MultiCropH.views(t, s, center, teacher_temp, pairs):
+            q = (s[v].float() / student_temp).softmax(-1)
+            grad[v] = (q.mul_(p.sum(-1, keepdim=True)).sub_(p)) * (grad_loss / (len(pairs) * s.shape[1] * student_temp))
+        return grad, None, None, None, None, None
 
 # ------------------------------------------------------------------------------------------------- schedules (A.1)
 def cosine_schedule(step, steps, start, end, warmup=0):
@@ -725,9 +751,8 @@ class Model:
         for m in self.momentum_net.modules():
             if isinstance(m, timm.layers.DropPath):   # stochastic depth is for the student
                 m.drop_prob = 0.0
-        layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
         for net in (self.net, self.momentum_net):
-            net.to(device, memory_format=layout)
+            net.to(device, memory_format=layout(device))
             if world > 1:
                 sync_batch_norm(net, device)
             if cfg.compile:
@@ -1112,9 +1137,36 @@ def train(cfg, models, images, val, device, rank, world):
 PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "A10": 125, "L4": 121,
                "4090": 165, "3090": 71, "V100": 125, "T4": 65}   # dense 16-bit matrix products, by the makers' data sheets
 
+def benchmark_loader(cfg, images, n=64):
+    """Print the CPU time that a loader's worker takes for an image, beside that of the usual pipeline: PIL, view by view."""
+    from torchvision.transforms import v2 as T
+    blur = T.Lambda(lambda image: image.filter(ImageFilter.GaussianBlur(random.uniform(*cfg.blur))))
+    usual = [T.Compose([
+        T.RandomResizedCrop(size, scale, interpolation=T.InterpolationMode.BICUBIC), T.RandomHorizontalFlip(),
+        T.RandomApply([T.ColorJitter(*cfg.jitter)], 0.8), T.RandomGrayscale(cfg.grayscale), T.RandomApply([blur], p),
+        T.RandomApply([T.RandomSolarize(128, p=1)], cfg.solarize * (view == 1)), T.PILToTensor(), T.ToDtype(torch.float32, scale=True),
+        T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+        for view, (size, scale, p) in enumerate([(cfg.global_size, cfg.global_scale, 1.0), (cfg.global_size, cfg.global_scale, 0.1)]
+                                                + cfg.local_crops * [(cfg.local_size, cfg.local_scale, 0.5)])]
+    def pil(i):
+        image = Image.open(images.samples[i][0]).convert("RGB") if hasattr(images, "samples") else TF.to_pil_image(to_rgb(images[i][0]))
+        return [view(image) for view in usual]
+    crops, times, threads = MultiCrop(images, cfg), [], torch.get_num_threads()
+    torch.set_num_threads(1)   # as in a worker
+    for work in (lambda i: to_rgb(images[i][0]), lambda i: crops[0, i], pil):
+        work(0)
+        start = time.process_time()
+        for i in range(n):
+            work(i % len(images))
+        times.append(1000 * (time.process_time() - start) / n)
+    torch.set_num_threads(threads)
+    decode, both, usual = times
+    say(f"a loader's CPU time for an image: {both:.2f} ms: decode {decode:.2f}, crop {both - decode:.2f}; the usual PIL pipeline "
+        f"{usual:.2f} ms, {usual / both:.1f} times as much")
+
 def benchmark(cfg, models, images, device, rank, world):
-    """Time --benchmark steps, first on one batch that stays on the device, then through the loader, and print the parts."""
-    from torch.utils.flop_counter import FlopCounterMode
+    """Time --benchmark steps, first on one batch that stays on the device, then through the loader, and print the parts; then where
+    the FLOPs of a step go, and what a loader's worker takes for an image."""
     n, now, parts, clock = cfg.benchmark, schedule(cfg, 0, 10 ** 6), {}, [0.0]
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16")
     def tick(part):
@@ -1122,7 +1174,7 @@ def benchmark(cfg, models, images, device, rank, world):
             torch.cuda.synchronize()
         parts[part] = parts.get(part, 0.0) + time.perf_counter() - clock[0]
         clock[0] = time.perf_counter()
-    def step(source):
+    def step(source, tick):
         crops = next(source)
         tick("waiting for data")
         x = make_views(crops, cfg, device, 0, rank, world)
@@ -1138,17 +1190,29 @@ def benchmark(cfg, models, images, device, rank, world):
             if i == 3:   # the first steps allocate, tune and compile
                 parts.clear()
                 start = clock[0] = time.perf_counter()
-            step(source)
+            step(source, tick)
         seconds = (time.perf_counter() - start) / n
         say(f"{name}: {cfg.batch_size / seconds:.1f} images/s, {1000 * seconds:.1f} ms a step: "
             + ", ".join(f"{part} {1000 * s / n:.1f}" for part, s in parts.items()))
+    memory = memory_gb(device)
+
+    flops = {}   # up to the end of a part, or of a part alone: after it less before it
     with FlopCounterMode(display=False) as counter:
-        step(iter([kept]))
-    flops, gpu = counter.get_total_flops() * world, torch.cuda.get_device_name() if device.type == "cuda" else ""
-    peak = next((f", {100 * flops / seconds / 1e12 / v / world:.1f} % of {v} on {world} {gpu}"
-                 for k, v in PEAK_TFLOPS.items() if k in gpu), "")
-    say(f"peak memory {memory_gb(device):.2f} GB, {flops / cfg.batch_size / 1e9:.2f} GFLOP an image, {flops / seconds / 1e12:.2f} "
-        f"TFLOP/s through the loader{peak}")
+        def add(part, sign=1):
+            flops[part] = flops.get(part, 0) + sign * counter.get_total_flops() * world / cfg.batch_size / 1e9
+        for m in models:
+            for part, module in (("students", m.net), ("backbones", m.net.backbone), ("MLP-Heads", m.net.mlp_head), ("momentum", m.n_)):
+                module.register_forward_pre_hook(lambda *_, part=part: add(part, -1))
+                module.register_forward_hook(lambda *_, part=part: add(part))
+        step(iter([kept]), add)
+    total, gpu = flops["update"], torch.cuda.get_device_name() if device.type == "cuda" else ""
+    rate = total * cfg.batch_size / seconds / 1000
+    peak = next((f", {100 * rate / v / world:.1f} % of {v} on {world} {gpu}" for k, v in PEAK_TFLOPS.items() if k in gpu), "")
+    say(f"GFLOP an image: {total:.2f}: students {flops['students']:.2f} (backbones {flops['backbones']:.2f}, MLP-Heads "
+        f"{flops['MLP-Heads']:.2f}, T-Heads {flops['students'] - flops['backbones'] - flops['MLP-Heads']:.2f}), momentum nets "
+        f"{flops['momentum']:.2f}, search {flops['forward'] - flops['students'] - flops['momentum']:.2f}, backward "
+        f"{flops['backward'] - flops['loss']:.2f}; {rate:.2f} TFLOP/s through the loader{peak}; peak memory {memory:.2f} GB")
+    benchmark_loader(cfg, images)
 
 def preview(cfg, images, device):
     """Write the views of the first images to a PNG, a row an image, as the networks get them."""
