@@ -116,11 +116,11 @@ def labeled_data(cfg):
     """-> (train, val, number of classes); of both only images with labels. Raises Stop where they do not fit each other."""
     parts = mokd.get_data(cfg)
     if parts[1] is None or not len(parts[1]):
-        raise Stop(f"--data {cfg.data}: no validation images; give a folder with train/ and val/, each with a folder for each class")
+        raise Stop(f"--data {cfg.data}: no validation images; give a folder with train/ and val/, in each a folder for each class")
     names = [getattr(images, "classes", None) for images in parts]
     if names[0] != names[1]:
         odd = sorted({*names[0]} ^ {*names[1]})
-        raise Stop(f"--data {cfg.data}: train/ and val/ must have the same class folders; {len(odd)} are in one alone, first {odd[0]}")
+        raise Stop(f"--data {cfg.data}: train/ and val/ must have the same class folders; {odd[0]} is in one alone ({len(odd)} such)")
     labels = [labels_of(images) for images in parts]
     parts = [mokd.Subset(images, (y >= 0).nonzero().flatten().tolist()) for images, y in zip(parts, labels)]
     classes = int(labels[0].max()) + 1
@@ -136,8 +136,8 @@ def progress_of(what, n):
         now = time.time()
         if now - shown > (0.5 if sys.stdout.isatty() else 10) or (done >= n and shown > start):
             shown = now
-            mokd.show({what: f"{done:,}/{n:,}", "images/s": done / (now - start), "minutes_left": (now - start) / done * (n - done) / 60},
-                      last=done >= n)
+            mokd.show({what: f"{done:,}/{n:,}", "images/s": done / (now - start),
+                       "minutes_left": (now - start) / done * (n - done) / 60}, last=done >= n)
     return progress
 
 def accuracies(votes, answers):
@@ -157,8 +157,9 @@ def run(cfg):
     features, labels = [], []
     for name, images in zip(("bank", "queries"), parts):
         f, y = mokd.extract_features(
-            [b.to(device, memory_format=mokd.layout(device)) for b in backbones.values()], mokd.EvalView(images, cfg.image_size, cfg.resize), device,
-            cfg.batch_size // world, cfg.workers, rank, world, cfg.dtype, progress_of(name, math.ceil(len(images) / world)))
+            [b.to(device, memory_format=mokd.layout(device)) for b in backbones.values()],
+            mokd.EvalView(images, cfg.image_size, cfg.resize), device, cfg.batch_size // world, cfg.workers, rank, world, cfg.dtype,
+            progress_of(name, math.ceil(len(images) / world)))
         features.append(f)
         labels.append(y)
 
@@ -182,7 +183,8 @@ def run(cfg):
         same = [100 * (predictions[a, k] == predictions[b, k]).float().mean().item() for k in cfg.k for a, b in [backbones]]
         say(f"{'both say the same class':28}" + "".join(f"{s:>8.2f} " for s in same))
     if cfg.save:
-        whole = lambda x, n: mokd.gather(x, math.ceil(n / world)).unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[:n].cpu()
+        def whole(x, n):   # process r has every world-th image, from the r-th on
+            return mokd.gather(x, math.ceil(n / world)).unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[:n].cpu()
         value = {part: dict(features={name: whole(x, len(images)) for name, x in zip(backbones, f)}, labels=whole(y, len(images)))
                  for part, images, f, y in zip(("train", "val"), parts, features, labels)}
         if mokd.MAIN:

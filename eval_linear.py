@@ -154,7 +154,7 @@ class Classifiers(nn.Module):   # so that one DDP and one data pass serve both m
         return [part(x) for part in self.parts]
 
 def make_optimizer(net, cfg):
-    """A parameter group for each linear layer, at its rate, and for the weights and the 1-D parameters of a fine-tuned backbone."""
+    """Parameter groups for each linear layer, at its rate, and for a fine-tuned backbone; 1-D parameters have no weight decay."""
     groups = []
     for part in net.parts:
         for rate, layer in zip(part.rates, part.layers):
@@ -247,13 +247,13 @@ def train(cfg, names, net, place, state, images, val, device, rank, world):
         if world > 1:
             dist.all_reduce(flags)
         if flags[0] > 0.01 * len(images) * math.ceil(step / per_epoch):
-            raise Stop(f"--data {cfg.data}: more than 1 % of the training images cannot be read: mend or remove those named above", 1)
+            raise Stop(f"--data {cfg.data}: more than 1 % of the images cannot be read: mend or remove those named above", code=1)
         stopped = [s for s, flag in zip(stops, flags[1:].tolist()) if flag]
         end_of_epoch, last = step % per_epoch == 0, step == steps
         if step % cfg.log_every == 0 or last or stopped:
-            n, means = len(window), mokd.mean_over_processes(torch.stack(window).mean(0)).cpu().split([len(p.rates) for p in net.parts])
+            n, means = len(window), mokd.mean_over_processes(torch.stack(window).mean(0)).cpu()
             record = dict(epoch=(step - 1) // per_epoch, step=f"{step}/{steps}")
-            for name, part, loss in zip(names, net.parts, means):
+            for name, part, loss in zip(names, net.parts, means.split([len(p.rates) for p in net.parts])):
                 record |= {f"loss {name}": loss.nan_to_num(math.inf, math.inf).min().item(),
                            f"losses {name}": {f"{rate:g}": v for rate, v in zip(part.rates, loss.tolist())}}
                 for rate in (r for r, v in zip(part.rates, loss.tolist()) if not math.isfinite(v) and [name, r] not in diverged):
@@ -271,19 +271,20 @@ def train(cfg, names, net, place, state, images, val, device, rank, world):
             for name, part, tops in zip(names, net.parts, evaluate(net, val, cfg, device, rank, world)):
                 tops *= torch.tensor([[name, rate] not in diverged for rate in part.rates])
                 for rate, top1, top5 in zip(part.rates, *tops.tolist()):
-                    best = results[name].get(f"{rate:g}", dict(best_top1=-1.0))
-                    best = best if best["best_top1"] >= top1 else dict(best_top1=top1, best_epoch=(step - 1) // per_epoch)
-                    results[name][f"{rate:g}"] = dict(top1=top1, top5=top5, best_top1=best["best_top1"], best_epoch=best["best_epoch"])
+                    r = results[name].setdefault(f"{rate:g}", dict(best_top1=-1.0)) | dict(top1=top1, top5=top5)
+                    if top1 > r["best_top1"]:
+                        r |= dict(best_top1=top1, best_epoch=record["epoch"])
+                    results[name][f"{rate:g}"] = r
                 record[f"top1 {name}"] = max(tops[0].tolist())
             mokd.log(cfg, record)
             write_results(cfg, results)
             clock = time.time()
         if stopped or last or dead or step % (cfg.save_every or per_epoch) == 0:
             weights = net.state_dict()
-            write(cfg, dict(config=asdict(cfg), step=step, place=place, results=results, diverged=diverged, scaler=scaler.state_dict(),
-                            models=[{k: weights[k] for k in kept}, optimizer.state_dict()]), path)
+            write(cfg, dict(config=asdict(cfg), step=step, place=place, results=results, diverged=diverged,
+                            scaler=scaler.state_dict(), models=[{k: weights[k] for k in kept}, optimizer.state_dict()]), path)
         if stopped:
-            raise Stop(f"stopped by {stopped[0].name} after step {step}; the same command goes on from there", code=128 + stopped[0])
+            raise Stop(f"stopped by {stopped[0].name} after step {step}; the same command goes on from there", 128 + stopped[0])
         if dead:
             break
     return results
@@ -295,8 +296,9 @@ def best_rate(rates):
 def save_classifier(cfg, name, part, rate, classes):
     """Write a backbone with its classifier under timm's names -> how to load it; or, where timm has no place for such a
     classifier, the linear layer alone."""
-    b, layer, number = part.backbone, part.layers[[f"{r:g}" for r in part.rates].index(rate)], name.split()[0] if " " in name else ""
-    path, x = f"{cfg.out}/classifier{number}.pth", torch.randn(2, 3, cfg.image_size, cfg.image_size, device=layer.weight.device)
+    b, layer = part.backbone, part.layers[[f"{r:g}" for r in part.rates].index(rate)]
+    path = f"{cfg.out}/classifier{name.split()[0] if ' ' in name else ''}.pth"
+    x = torch.randn(2, 3, cfg.image_size, cfg.image_size, device=layer.weight.device)
     pool = dict(global_pool="token" if b.cls else "avg", fc_norm=False) if b.prefix else {}
     part.eval()
     for more in (pool, pool | dict(dynamic_img_size=True)):
@@ -339,14 +341,14 @@ def run(cfg):
     if os.path.exists(path):
         state = mokd.read_checkpoint(path)
         mokd.refuse_other_settings(path, state["config"], cfg)
-    say(f"{len(images):,} of {len(every):,} training images, {len(val):,} to validate, {classes} classes; {cfg.epochs} epochs of "
-        f"{len(images) // cfg.batch_size} steps of {cfg.batch_size}; {world} process{'es' * (world > 1)} on {device.type}, {cfg.dtype}")
+    say(f"{len(images):,} of {len(every):,} training images, {len(val):,} to validate, {classes} classes; {cfg.epochs} epochs, batch "
+        f"{cfg.batch_size}; {world} process{'es' * (world > 1)} on {device.type}, {cfg.dtype}")
 
     rates = {name: cfg.lr or (0.01 if cfg.finetune else 0.08 if b.family == "cnn" else 0.008,) for name, b in backbones.items()}
     loads = {}
     for place in range(state["place"] if state else 0, len(cfg.lr) if cfg.finetune and cfg.lr else 1):
-        parts = [Classifier(copy.deepcopy(b).to(device, memory_format=mokd.layout(device)), cfg, classes, r[place:place + 1] if cfg.finetune else r)
-                 for b, r in zip(backbones.values(), rates.values())]
+        own = {name: copy.deepcopy(b).to(device, memory_format=mokd.layout(device)) for name, b in backbones.items()}
+        parts = [Classifier(own[name], cfg, classes, r[place:place + 1] if cfg.finetune else r) for name, r in rates.items()]
         net = Classifiers(parts).to(device)
         net = mokd.sync_batch_norm(net, device) if cfg.finetune and world > 1 else net
         results = train(cfg, [*backbones], net, place, state, images, val, device, rank, world)
@@ -355,8 +357,9 @@ def run(cfg):
             if best_rate(results[name]) in [f"{r:g}" for r in part.rates]:
                 loads[name] = save_classifier(cfg, name, part, best_rate(results[name]), classes)
 
-    say(f"\n{'fine-tuning' if cfg.finetune else 'linear probing'} on {cfg.data}, {len(images):,} labeled images, {cfg.epochs} epochs, %; "
-        f"* best rate\n{'':22}{'lr':>8}{'top-1':>9}{'top-5':>8}{'best top-1':>13} (epoch)")
+    kind = "fine-tuning" if cfg.finetune else "linear probing"
+    say(f"\n{kind} on {cfg.data}, {len(images):,} labeled images, {cfg.epochs} epochs, %; * best rate\n"
+        f"{'':22}{'lr':>8}{'top-1':>9}{'top-5':>8}{'best top-1':>13} (epoch)")
     for name in backbones:
         for rate, r in results[name].items():
             say(f"{name:22}{rate:>8}{'*' if rate == best_rate(results[name]) else ' '}{r['top1']:>8.2f}{r['top5']:>8.2f}"

@@ -15,7 +15,7 @@ Names are Algorithm 1's: m and t are logits of the MLP-Head and the T-Head, Z is
 momentum net. In shapes, B is the images of one process, V = 2 + L the views of an image (2 global, then L local), K the
 logits of a head, C a backbone's channels, N its tokens.
 """
-import argparse, ast, copy, functools, hashlib, json, math, os, random, signal, sys, time   # noqa: E401
+import argparse, ast, copy, functools, hashlib, json, math, os, signal, sys, time   # noqa: E401
 from collections import namedtuple
 from dataclasses import asdict, dataclass, field, fields
 
@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageFilter
+from PIL import Image
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch.nn.utils.parametrizations import weight_norm
@@ -128,7 +128,8 @@ RECIPES = {"paper": {}, "release": dict(
     cnn_lr_end=0.0048, vit_lr_end=1e-5, wd_end=0.4)}
 
 DEMO = dict(
-    data="toy", arch1="resnet18", arch2="vit_tiny", model_kwargs2=dict(img_size=24, patch_size=4, embed_dim=64, depth=3, num_heads=2),
+    data="toy", arch1="resnet18", arch2="vit_tiny",
+    model_kwargs2=dict(img_size=24, patch_size=4, embed_dim=64, depth=3, num_heads=2),
     model_kwargs1=dict(layers=(1, 1, 1, 1), channels=(16, 32, 48, 64), stem_type="deep", stem_width=8, output_stride=8),
     out_dim=256, hidden_dim=256, bottleneck_dim=32, t_dim=48, t_depth=1, t_heads=3, t_norm=True, drop_path=0.0, global_size=24,
     global_scale=(0.5, 1.0), local_size=12, local_scale=(0.3, 0.8), local_crops=2, jitter=(0.4, 0.4, 0.4, 0.2), blur=(0.0, 0.0),
@@ -159,7 +160,8 @@ def read_flags(config, argv, program, about):
         if f.type is dict:
             options, default = dict(type=key_value, nargs="+", metavar="KEY=VALUE"), None
         if f.type is tuple:
-            options, default = dict(type=type(*default[:1]) if default else float, nargs=f.metadata["nargs"] or len(default), metavar="X"), " ".join(map(str, default))
+            kind, nargs = type(default[0]) if default else float, f.metadata["nargs"] or len(default)
+            options, default = dict(type=kind, nargs=nargs, metavar="X"), " ".join(map(str, default))
         help = f.metadata["help"] + ("" if default in (None, "") else f" (default: {default})")
         group.add_argument(f"--{f.name}", help=help.replace("%", "%%"), **options)
     return {name: dict(value) if name.startswith("model_kwargs") else tuple(value) if isinstance(value, list) else
@@ -350,7 +352,8 @@ def name_of(images, index):
 
 # ------------------------------------------------------------------------------------------------ data: views (A.1)
 class MultiCrop(torch.utils.data.Dataset):
-    """(epoch, index) -> uint8 crops (2, 3, S, S), (L, 3, s, s) of an image; its index if unreadable (the next is taken), or -1."""
+    """(epoch, index) -> uint8 crops (2, S, S, 3), (L, s, s, 3) of an image, channels last as torch's resize leaves them; its index
+    if unreadable (the next is taken), or -1."""
     def __init__(self, images, cfg):
         self.images, self.cfg = images, cfg
 
@@ -366,12 +369,13 @@ class MultiCrop(torch.utils.data.Dataset):
             torch.default_generator.manual_seed(seed_of(cfg.seed, epoch, index))
             views = [[self.crop(image, size, scale) for _ in range(n)] for n, size, scale in
                      ((2, cfg.global_size, cfg.global_scale), (cfg.local_crops, cfg.local_size, cfg.local_scale))]
-        return *(torch.stack(v) if v else torch.empty(0) for v in views), bad
+        return *(torch.stack([x.permute(1, 2, 0) for x in v]) if v else torch.empty(0) for v in views), bad
 
     @staticmethod
     def crop(image, size, scale):
         top, left, height, width = RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3])
-        return TF.resized_crop(image, top, left, height, width, [size, size], TF.InterpolationMode.BICUBIC, antialias=True)
+        part = image[None, :, top:top + height, left:left + width].contiguous(memory_format=torch.channels_last)   # faster so
+        return F.interpolate(part, [size, size], mode="bicubic", antialias=True)[0]
 
 def batches(n, cfg, start=0, rank=0, world=1):
     """Yields this process's keys (epoch, index) of each global batch, from step `start` to the end of training. An epoch has
@@ -469,8 +473,8 @@ def make_views(crops, cfg, device, step, rank=0, world=1):
     (the first B rows are global view 0)."""
     p, views, done = draw_photometric(cfg, step, rank, world), [], 0
     for x in crops[:2]:
-        if x.shape[1]:   # (B, 2 or L, 3, S, S); L may be 0
-            x = x.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+        if x.shape[1]:   # (B, 2 or L, S, S, 3); L may be 0
+            x = x.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1).movedim(-1, 1)
             x = normalize(photometric(x, {name: value[done:done + len(x)] for name, value in p.items()}))
             views.append(x.contiguous(memory_format=torch.channels_last))
             done += len(x)
@@ -495,6 +499,11 @@ class Backbone(nn.Module):
         tokens = y[:, self.prefix:]
         return y[:, 0] if self.cls else tokens.mean(1), tokens
 
+def no_drop_path(net):
+    for m in net.modules():
+        if isinstance(m, timm.layers.DropPath):
+            m.drop_prob = 0.0
+
 def build_backbone(name, model_kwargs=None, patch_size=16, pool="mean", sizes=(224, 96), drop_path=0.0):
     """A timm model, by the paper's short name or its own, that is shown to take every view size -> Backbone with timm_name,
     timm_kwargs, family ("cnn" with batch norm, else "vit"), dim (C), num_tokens (N of a global view). Raises Stop."""
@@ -507,19 +516,18 @@ def build_backbone(name, model_kwargs=None, patch_size=16, pool="mean", sizes=(2
         kwargs.setdefault("patch_size", patch_size)
     torchvisions = dict(zero_init_last=False) if name in ("resnet18", "resnet34", "resnet50", "resnet101") else {}   # first weights
 
-    def create(**more):
-        sizes_vary = dict(dynamic_img_size=True, strict_img_size=False), dict(dynamic_img_size=True), {}   # what it knows
-        for options in (*(v | more for v in sizes_vary), *sizes_vary):
-            try:
-                return timm.create_model(timm_name, num_classes=0, **options | torchvisions | kwargs)
-            except Exception as e:
-                error = e
+    sizes_vary = dict(dynamic_img_size=True, strict_img_size=False), dict(dynamic_img_size=True), {}   # what a model knows of these
+    for options in (*(v | dict(drop_path_rate=drop_path) for v in sizes_vary), *sizes_vary):
+        try:
+            model = timm.create_model(timm_name, num_classes=0, **options | torchvisions | kwargs)
+            break
+        except Exception as e:
+            error = e
+    else:
         raise Stop(f"--arch {name}: timm cannot build it with {kwargs}: {error}")
-
-    model = create()
     family = "cnn" if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()) else "vit"
-    if family == "vit" and drop_path:
-        model = create(drop_path_rate=drop_path)   # without, where it has no stochastic depth
+    if family == "cnn":
+        no_drop_path(model)
     backbone = Backbone(model, pool).eval()
     for size in sizes[::-1]:
         try:
@@ -687,14 +695,16 @@ class MultiCropH(torch.autograd.Function):
     def forward(ctx, s, t, center, teacher_temp, student_temp, pairs):
         ctx.save_for_backward(s, t)
         ctx.others = center, teacher_temp, student_temp, pairs
-        return sum(cross_entropy(p, s[v], student_temp) for v, p in MultiCropH.views(t, s, center, teacher_temp, pairs)) / len(pairs)
+        views = MultiCropH.views(t, s, center, teacher_temp, pairs)
+        return sum(cross_entropy(p, s[v], student_temp) for v, p in views) / len(pairs)
 
     @staticmethod
     def backward(ctx, grad_loss):
-        (s, t), (center, teacher_temp, student_temp, pairs), grad = ctx.saved_tensors, ctx.others, torch.zeros_like(ctx.saved_tensors[0])
+        (s, t), (center, teacher_temp, student_temp, pairs) = ctx.saved_tensors, ctx.others
+        grad = torch.zeros_like(s)
         for v, p in MultiCropH.views(t, s, center, teacher_temp, pairs):
             q = (s[v].float() / student_temp).softmax(-1)
-            grad[v] = (q.mul_(p.sum(-1, keepdim=True)).sub_(p)) * (grad_loss / (len(pairs) * s.shape[1] * student_temp))
+            grad[v] = (q * p.sum(-1, keepdim=True) - p) * (grad_loss / (len(pairs) * s.shape[1] * student_temp))
         return grad, None, None, None, None, None
 
 # ------------------------------------------------------------------------------------------------- schedules (A.1)
@@ -714,7 +724,8 @@ Now = namedtuple("Now", "step steps warmup epoch l temp temp_cnn")
 
 def schedule(cfg, step, per_epoch):
     epoch, steps, rise, rise_cnn = step // per_epoch, cfg.epochs * per_epoch, cfg.teacher_temp_epochs, cfg.teacher_temp_epochs_cnn
-    temps = (teacher_temperature(epoch, cfg.teacher_temp_start, cfg.teacher_temp, n) for n in (rise, rise if rise_cnn is None else rise_cnn))
+    temps = (teacher_temperature(epoch, cfg.teacher_temp_start, cfg.teacher_temp, n)
+             for n in (rise, rise if rise_cnn is None else rise_cnn))
     return Now(step, steps, cfg.warmup_epochs * per_epoch, epoch, cosine_schedule(step, steps, cfg.ema, 1.0), *temps)
 
 # ---------------------------------------------------------------------- the two models: what each has of its own (A.1)
@@ -748,9 +759,7 @@ class Model:
         torch.manual_seed(seed_of(cfg.seed, "heads", i))
         self.net = Net(backbone, cfg)
         self.momentum_net = copy.deepcopy(self.net).requires_grad_(False)
-        for m in self.momentum_net.modules():
-            if isinstance(m, timm.layers.DropPath):   # stochastic depth is for the student
-                m.drop_prob = 0.0
+        no_drop_path(self.momentum_net)   # stochastic depth is for the student
         for net in (self.net, self.momentum_net):
             net.to(device, memory_format=layout(device))
             if world > 1:
@@ -777,8 +786,9 @@ class Model:
         for module, family, kind in ((self.net.backbone, family, kind), (self.net.mlp_head, family, kind),
                                      (self.t or nn.Identity(), "vit", cfg.t_optimizer if family == "cnn" else kind)):
             params = [p for p in module.parameters() if p.requires_grad]
-            for params, spared in (([p for p in params if p.dim() > 1], {}), ([p for p in params if p.dim() < 2], dict(wd_ends=(0.0, 0.0)))):
-                groups[kind] += [dict(params=params, **ends[family] | spared)] * bool(params)
+            for decayed, own in ((True, {}), (False, dict(wd_ends=(0.0, 0.0)))):
+                some = [p for p in params if (p.dim() > 1) == decayed]
+                groups[kind] += [dict(params=some, **ends[family] | own)] * bool(some)
         make = dict(sgd=functools.partial(torch.optim.SGD, lr=0.0, momentum=0.9, foreach=True),
                     adamw=functools.partial(torch.optim.AdamW, lr=0.0, fused=self.C_m.device.type in ("cuda", "cpu")))
         return [make[kind](g) for kind, g in groups.items() if g]
@@ -1137,32 +1147,17 @@ def train(cfg, models, images, val, device, rank, world):
 PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "A10": 125, "L4": 121,
                "4090": 165, "3090": 71, "V100": 125, "T4": 65}   # dense 16-bit matrix products, by the makers' data sheets
 
-def benchmark_loader(cfg, images, n=64):
-    """Print the CPU time that a loader's worker takes for an image, beside that of the usual pipeline: PIL, view by view."""
-    from torchvision.transforms import v2 as T
-    blur = T.Lambda(lambda image: image.filter(ImageFilter.GaussianBlur(random.uniform(*cfg.blur))))
-    usual = [T.Compose([
-        T.RandomResizedCrop(size, scale, interpolation=T.InterpolationMode.BICUBIC), T.RandomHorizontalFlip(),
-        T.RandomApply([T.ColorJitter(*cfg.jitter)], 0.8), T.RandomGrayscale(cfg.grayscale), T.RandomApply([blur], p),
-        T.RandomApply([T.RandomSolarize(128, p=1)], cfg.solarize * (view == 1)), T.PILToTensor(), T.ToDtype(torch.float32, scale=True),
-        T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
-        for view, (size, scale, p) in enumerate([(cfg.global_size, cfg.global_scale, 1.0), (cfg.global_size, cfg.global_scale, 0.1)]
-                                                + cfg.local_crops * [(cfg.local_size, cfg.local_scale, 0.5)])]
-    def pil(i):
-        image = Image.open(images.samples[i][0]).convert("RGB") if hasattr(images, "samples") else TF.to_pil_image(to_rgb(images[i][0]))
-        return [view(image) for view in usual]
-    crops, times, threads = MultiCrop(images, cfg), [], torch.get_num_threads()
+def time_loader(cfg, images, n=64):
+    """-> CPU time (ms) in which one core decodes an image, and in which it cuts its crops."""
+    crops, threads, times = MultiCrop(images, cfg), torch.get_num_threads(), []
     torch.set_num_threads(1)   # as in a worker
-    for work in (lambda i: to_rgb(images[i][0]), lambda i: crops[0, i], pil):
-        work(0)
+    for work in (lambda i: to_rgb(images[i][0]), lambda i: crops[0, i]):
         start = time.process_time()
         for i in range(n):
             work(i % len(images))
         times.append(1000 * (time.process_time() - start) / n)
     torch.set_num_threads(threads)
-    decode, both, usual = times
-    say(f"a loader's CPU time for an image: {both:.2f} ms: decode {decode:.2f}, crop {both - decode:.2f}; the usual PIL pipeline "
-        f"{usual:.2f} ms, {usual / both:.1f} times as much")
+    return times[0], times[1] - times[0]
 
 def benchmark(cfg, models, images, device, rank, world):
     """Time --benchmark steps, first on one batch that stays on the device, then through the loader, and print the parts; then where
@@ -1201,7 +1196,7 @@ def benchmark(cfg, models, images, device, rank, world):
         def add(part, sign=1):
             flops[part] = flops.get(part, 0) + sign * counter.get_total_flops() * world / cfg.batch_size / 1e9
         for m in models:
-            for part, module in (("students", m.net), ("backbones", m.net.backbone), ("MLP-Heads", m.net.mlp_head), ("momentum", m.n_)):
+            for part, module in dict(students=m.net, backbones=m.net.backbone, heads=m.net.mlp_head, momentum=m.n_).items():
                 module.register_forward_pre_hook(lambda *_, part=part: add(part, -1))
                 module.register_forward_hook(lambda *_, part=part: add(part))
         step(iter([kept]), add)
@@ -1209,10 +1204,10 @@ def benchmark(cfg, models, images, device, rank, world):
     rate = total * cfg.batch_size / seconds / 1000
     peak = next((f", {100 * rate / v / world:.1f} % of {v} on {world} {gpu}" for k, v in PEAK_TFLOPS.items() if k in gpu), "")
     say(f"GFLOP an image: {total:.2f}: students {flops['students']:.2f} (backbones {flops['backbones']:.2f}, MLP-Heads "
-        f"{flops['MLP-Heads']:.2f}, T-Heads {flops['students'] - flops['backbones'] - flops['MLP-Heads']:.2f}), momentum nets "
+        f"{flops['heads']:.2f}, T-Heads {flops['students'] - flops['backbones'] - flops['heads']:.2f}), momentum nets "
         f"{flops['momentum']:.2f}, search {flops['forward'] - flops['students'] - flops['momentum']:.2f}, backward "
         f"{flops['backward'] - flops['loss']:.2f}; {rate:.2f} TFLOP/s through the loader{peak}; peak memory {memory:.2f} GB")
-    benchmark_loader(cfg, images)
+    say("CPU time of a loader's worker for an image, ms: decode {:.2f}, crop {:.2f}".format(*time_loader(cfg, images)))
 
 def preview(cfg, images, device):
     """Write the views of the first images to a PNG, a row an image, as the networks get them."""
@@ -1302,7 +1297,7 @@ def main(argv=None, program="mokd.py", parse=parse_args, run=run):
             warn(f"{program}: {stop}")
         return stop.code
     except torch.cuda.OutOfMemoryError:
-        warn(f"{program}: out of GPU memory: use a smaller --batch_size, or more GPUs; training: fewer --local_crops, a smaller --out_dim")
+        warn(f"{program}: out of GPU memory: lower --batch_size (training also: --local_crops, --out_dim), or use more GPUs")
         return 1
     finally:
         if dist.is_initialized():
