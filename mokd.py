@@ -1127,7 +1127,7 @@ def train(cfg, models, images, val, device, rank, world):
             record |= target_statistics(logits, models, now)
             log(cfg, record, last=end_of_epoch)
             flat = [name[7:] for name, v in record.items() if name.startswith("spread") and v < 0.01 * math.log(cfg.out_dim)]
-            if flat and now.epoch > 0:
+            if flat and step > steps / 4:   # earlier, targets may be uniform and yet part later
                 warn(f"collapse? The targets of {', '.join(flat)} hardly differ between images (entropy and spread in log.jsonl): "
                      f"try a lower --teacher_temp, lower learning rates, a higher --ema, or --t_norm on for a T-Head")
         if saving:
