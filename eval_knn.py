@@ -66,7 +66,8 @@ def load_backbones(cfg, margin=256 / 224):
     """-> {name: Backbone} of what cfg names. Fills in its data, image_size and resize (image_size * margin) where they are
     unset. Raises Stop."""
     if cfg.checkpoint:
-        state = mokd.read_checkpoint(cfg.checkpoint)
+        state = mokd.read_checkpoint(cfg.checkpoint, "Give the checkpoint.pth of a run; a backbone's weights go with --arch NAME "
+                                     "--weights FILE")
         saved = state["config"]
         kinds = {i: (saved[f"arch{i}"], saved[f"model_kwargs{i}"], saved["patch_size"], saved["vit_pool"])
                  for i in "12" if cfg.model in ("both", i)}

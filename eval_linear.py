@@ -350,6 +350,8 @@ def run(cfg):
         own = {name: copy.deepcopy(b).to(device, memory_format=mokd.layout(device)) for name, b in backbones.items()}
         parts = [Classifier(own[name], cfg, classes, r[place:place + 1] if cfg.finetune else r) for name, r in rates.items()]
         net = Classifiers(parts).to(device)
+        if cfg.finetune:
+            say(f"fine-tuning at --lr {parts[0].rates[0]:g}")
         net = mokd.sync_batch_norm(net, device) if cfg.finetune and world > 1 else net
         results = train(cfg, [*backbones], net, place, state, images, val, device, rank, world)
         state = dict(place=-1, results=results, diverged=[])

@@ -15,7 +15,7 @@ Names are Algorithm 1's: m and t are logits of the MLP-Head and the T-Head, Z is
 momentum net. In shapes, B is the images of one process, V = 2 + L the views of an image (2 global, then L local), K the
 logits of a head, C a backbone's channels, N its tokens.
 """
-import argparse, ast, copy, functools, hashlib, json, math, os, signal, sys, time   # noqa: E401
+import argparse, ast, copy, difflib, functools, hashlib, json, math, os, signal, sys, time   # noqa: E401
 from collections import namedtuple
 from dataclasses import asdict, dataclass, field, fields
 
@@ -504,14 +504,14 @@ def no_drop_path(net):
         if isinstance(m, timm.layers.DropPath):
             m.drop_prob = 0.0
 
-def build_backbone(name, model_kwargs=None, patch_size=16, pool="mean", sizes=(224, 96), drop_path=0.0):
+def build_backbone(name, model_kwargs=None, patch_size=16, pool="mean", sizes=(224, 96), drop_path=0.0, flag="--arch"):
     """A timm model, by the paper's short name or its own, that is shown to take every view size -> Backbone with timm_name,
     timm_kwargs, family ("cnn" with batch norm, else "vit"), dim (C), num_tokens (N of a global view). Raises Stop."""
     timm_name, kwargs = TIMM_NAMES.get(name, name), dict(model_kwargs or {})
     if not timm.is_model(timm_name):
-        close = timm.list_models(f"*{name[:5]}*")[:5]
-        raise Stop(f"--arch {name}: timm {timm.__version__} has no such model; it has "
-                   f"{', '.join(close) if close else 'what timm.list_models() lists'}")
+        close = difflib.get_close_matches(name.lower().replace("-", "_"), [*TIMM_NAMES, *timm.list_models()], n=5)
+        raise Stop(f"{flag} {name}: timm {timm.__version__} has no such model; " + (
+            f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists those it has"))
     if name.startswith("vit_") and name in TIMM_NAMES and patch_size != 16:
         kwargs.setdefault("patch_size", patch_size)
     torchvisions = dict(zero_init_last=False) if name in ("resnet18", "resnet34", "resnet50", "resnet101") else {}   # first weights
@@ -524,7 +524,7 @@ def build_backbone(name, model_kwargs=None, patch_size=16, pool="mean", sizes=(2
         except Exception as e:
             error = e
     else:
-        raise Stop(f"--arch {name}: timm cannot build it with {kwargs}: {error}")
+        raise Stop(f"{flag} {name}: timm cannot build it with {kwargs}: {error}")
     family = "cnn" if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()) else "vit"
     if family == "cnn":
         no_drop_path(model)
@@ -533,10 +533,10 @@ def build_backbone(name, model_kwargs=None, patch_size=16, pool="mean", sizes=(2
         try:
             pooled, tokens = backbone(torch.rand(2, 3, size, size))
         except Exception as error:
-            raise Stop(f"--arch {name}: cannot take views of {size} pixels ({error}); choose other --global_size and "
+            raise Stop(f"{flag} {name}: cannot take views of {size} pixels ({error}); choose other --global_size and "
                        f"--local_size, or another model") from error
         if tokens.dim() != 3 or math.isqrt(tokens.shape[1]) ** 2 != tokens.shape[1]:
-            raise Stop(f"--arch {name}: its features {tuple(tokens.shape)} are no square map: MOKD cannot search them")
+            raise Stop(f"{flag} {name}: its features {tuple(tokens.shape)} are no square map: MOKD cannot search them")
     parameters = list(model.parameters())   # those that only a classifier would use get no gradient; DDP must know
     grads = torch.autograd.grad(pooled.sum() + tokens.sum(), parameters, allow_unused=True)
     for p, grad in zip(parameters, grads):
@@ -563,7 +563,7 @@ def load_backbone(backbone, file, flag):
     if wrong:
         there = tuple(state[wrong[0]].shape) if wrong[0] in state else "missing"
         raise Stop(f"{flag} {file}: does not fit {backbone.timm_name}: {len(wrong)} of its tensors, first {wrong[0]}, which "
-                   f"is {there} there and {tuple(own[wrong[0]].shape)} here")
+                   f"is {there} there and {tuple(own[wrong[0]].shape)} here. Is it of another architecture, or of other --model_kwargs?")
     backbone.model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
 
 # ---------------------------------------------------------------------------------- heads (3.1, 3.4) and search (3.3)
@@ -1007,20 +1007,20 @@ def save(cfg, models, step, scaler):
     except (OSError, RuntimeError) as error:   # torch turns a full disk into a RuntimeError
         return f"--out {cfg.out}: the checkpoint of step {step} could not be written ({error}); make room there"
 
-def read_checkpoint(path):
+def read_checkpoint(path, advice="Delete it to start anew, or give another --out"):
     """-> the dict that save wrote. Raises Stop where it is none, or damaged."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["config"]["seed"], state["step"], state["models"]   # it must have these
         return state
     except Exception as error:
-        raise Stop(f"{path}: missing, damaged, or no checkpoint of this program ({type(error).__name__}). To start anew delete it "
-                   f"or give another --out") from error
+        raise Stop(f"{path}: damaged, or no checkpoint of this program ({type(error).__name__}). {advice}") from error
 
 def refuse_other_settings(path, saved, cfg):
     """Raise Stop with a list of the settings in which cfg differs from those of a checkpoint, but for those that may change."""
     now = {f.name: getattr(cfg, f.name) for f in fields(cfg) if not f.metadata["resume"]}
-    differ = [f"--{name} was {saved.get(name)}, is {value}" for name, value in now.items() if saved.get(name) != value]
+    word = lambda value: "unset" if value in (None, "", ()) else value
+    differ = [f"--{name} was {word(saved.get(name))}, is {word(value)}" for name, value in now.items() if saved.get(name) != value]
     if differ:
         raise Stop(f"{path} is of other settings: {'; '.join(differ)}. Give the same, or another --out")
 
@@ -1120,7 +1120,7 @@ def train(cfg, models, images, val, device, rank, world):
             window, since, clock = [], step, time.time()
         if logging:
             record = dict(epoch=now.epoch, step=f"{step}/{steps}")
-            record |= {name: mean for name, mean in means.items() if name[:2] in ("lo", *cfg.losses.split(","))}
+            record |= {name: mean for name, mean in means.items() if name[:2] not in {"sm", "cm", "st", "ct"} - {*cfg.losses.split(",")}}
             record |= {f"lr{m.i}": m.optimizers[0].param_groups[0]["lr"] for m in models}
             record |= {"images/s": cfg.batch_size * n / seconds, "GB": memory_gb(device),
                        "minutes_left": (clock - start) / (step - first) * (steps - step) / 60}
@@ -1232,7 +1232,7 @@ def build_models(cfg, device, world=1):
         torch.manual_seed(seed_of(cfg.seed, "backbone", i))
         backbones.append(build_backbone(
             getattr(cfg, f"arch{i}"), getattr(cfg, f"model_kwargs{i}"), cfg.patch_size, cfg.vit_pool,
-            (cfg.global_size, cfg.local_size)[:2 if cfg.local_crops else 1], cfg.drop_path))
+            (cfg.global_size, cfg.local_size)[:2 if cfg.local_crops else 1], cfg.drop_path, f"--arch{i}"))
         if getattr(cfg, f"init{i}"):
             load_backbone(backbones[-1], getattr(cfg, f"init{i}"), f"--init{i}")
     mixed = backbones[0].family != backbones[1].family
@@ -1261,8 +1261,9 @@ def run(cfg):
         raise Stop(f"--knn_every: --data {cfg.data} has no val/ with class folders to classify")
     models = build_models(cfg, device, world)
     for m in models:
-        say(f"model {m.i}: {getattr(cfg, f'arch{m.i}')}, {sum(p.numel() for p in m.net.backbone.parameters()) / 1e6:.1f} M "
-            f"parameters, treated as a {m.family.upper()}, lambda{m.i} = {getattr(cfg, f'lambda{m.i}'):g}")
+        size, whole = (sum(p.numel() for p in net.parameters()) / 1e6 for net in (m.net.backbone, m.net))
+        say(f"model {m.i}: {getattr(cfg, f'arch{m.i}')}, {size:.1f} M parameters, heads {whole - size:.1f} M; treated as a "
+            f"{dict(cnn='CNN', vit='ViT')[m.family]}; lambda{m.i} = {getattr(cfg, f'lambda{m.i}'):g}")
     say(f"{len(images):,} images; {world} process{'es' * (world > 1)} on {device.type}, {cfg.dtype}")
     if cfg.benchmark:
         return benchmark(cfg, models, images, device, rank, world)
@@ -1275,6 +1276,8 @@ def run(cfg):
     backbones = [m.momentum_net.backbone for m in models]
     knn = functools.partial(knn_accuracy, train=images, val=val, cfg=cfg, device=device, rank=rank, world=world)
     if cfg.demo:
+        if os.path.exists(f"{cfg.out}/checkpoint.pth"):
+            refuse_other_settings(f"{cfg.out}/checkpoint.pth", read_checkpoint(f"{cfg.out}/checkpoint.pth")["config"], cfg)
         say("k-NN on raw pixels and with the untrained nets ...")
         before = knn([Pixels(), *backbones])
     train(cfg, models, images, val, device, rank, world)
