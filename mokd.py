@@ -1205,7 +1205,7 @@ def benchmark(cfg, models, images, device, rank, world):
     peak = next((f", {100 * rate / v / world:.1f} % of {v} on {world} {gpu}" for k, v in PEAK_TFLOPS.items() if k in gpu), "")
     say(f"GFLOP an image: {total:.2f}: students {flops['students']:.2f} (backbones {flops['backbones']:.2f}, MLP-Heads "
         f"{flops['heads']:.2f}, T-Heads {flops['students'] - flops['backbones'] - flops['heads']:.2f}), momentum nets "
-        f"{flops['momentum']:.2f}, search {flops['forward'] - flops['students'] - flops['momentum']:.2f}, backward "
+        f"{flops['momentum']:.2f}, search {flops['forward'] - flops['augment'] - flops['students'] - flops['momentum']:.2f}, backward "
         f"{flops['backward'] - flops['loss']:.2f}; {rate:.2f} TFLOP/s through the loader{peak}; peak memory {memory:.2f} GB")
     say("CPU time of a loader's worker for an image, ms: decode {:.2f}, crop {:.2f}".format(*time_loader(cfg, images)))
 
