@@ -896,7 +896,7 @@ def train_step(model1, model2, x, cfg, now, scaler=None, tick=lambda part: None)
 # --------------------------------------------------------------------------------------------------------- k-NN (A.2)
 class EvalView(torch.utils.data.Dataset):
     """index -> (center crop (3, S, S) uint8, label): the shorter side to `resize`, then the middle. An unreadable image is
-    named, gets label -1 and is left out by extract_features."""
+    named and gets label -1, with which it counts nowhere."""
     def __init__(self, images, size, resize=None):
         self.images, self.size, self.resize = images, size, resize or round(size * 256 / 224)
 

@@ -1,5 +1,5 @@
-"""Tests of mokd.py. Each compares with an independent naive computation, with stored numbers of the released code, or with
-a property that the paper states.
+"""Tests of mokd.py, eval_knn.py and eval_linear.py. Each compares with an independent naive computation, with stored numbers of the
+released code, or with a property that the paper states.
 
     python -m pytest -q test_mokd.py                # all; the slow ones (full-size networks) take about two minutes of it
     python -m pytest -q test_mokd.py -m "not slow"
