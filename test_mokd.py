@@ -1555,6 +1555,18 @@ def test_rates_at_once_equal_each_rate_alone_and_a_naive_loop(trained, few, tmp_
     assert saved["results"] == together and saved["settings"]["lr"] == rates
 
 
+def test_training_crops_are_random_resized_and_half_of_them_mirrored(few):
+    cfg = eval_linear.parse(["--arch", "resnet18", "--data", "toy", "--image_size", "24", "--scale", "0.3", "0.6"])
+    views, flipped = eval_linear.TrainView(few[0], cfg), 0
+    for index in range(60):
+        x, y = views[2, index]
+        torch.manual_seed(mokd.seed_of(0, 2, index))
+        crop = mokd.MultiCrop.crop(few[0][index][0], 24, (0.3, 0.6))
+        assert y == index % 8 and (torch.equal(x, crop) or torch.equal(x, crop.flip(-1)))
+        flipped += torch.equal(x, crop.flip(-1))
+    assert 15 < flipped < 45 and not torch.equal(views[3, 0][0], views[2, 0][0])
+
+
 def test_probing_leaves_the_backbone_alone_and_fine_tuning_does_not(trained, few, tmp_path, capsys):
     before = [torch.load(trained / f"model{i}.pth", weights_only=True) for i in (1, 2)]
     for mode in ([], ["--finetune"]):
