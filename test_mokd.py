@@ -1695,6 +1695,27 @@ def test_linear_of_two_processes_equals_that_of_one(mode, trained, tmp_path):
             assert close(results[1][k], v, 1e-3 if mode else 1e-5), k
 
 
+def test_optimizer_weight_decay_and_intervals_are_those_asked_for(trained, few, tmp_path):
+    source = ["--checkpoint", trained / "checkpoint.pth", "--batch_size", 64, "--epochs", 4, "--lr", 0.1, "--model", 1]
+    logs, weights = {}, {}
+    for name, more in dict(plain=[], decay=["--weight_decay", 0.5], adamw=["--optimizer", "adamw"],
+                           seldom=["--eval_every", 3, "--log_every", 5, "--save_every", 7]).items():
+        linear(tmp_path / name, *source, *more)
+        logs[name] = [json.loads(line) for line in open(tmp_path / name / "log.jsonl")]
+        weights[name] = torch.load(tmp_path / name / "checkpoint.pth", weights_only=True)["models"][0]["parts.0.layers.0.weight"]
+    assert weights["decay"].norm() < weights["plain"].norm() and not torch.equal(weights["adamw"], weights["plain"])
+    assert torch.equal(weights["seldom"], weights["plain"])
+    epochs = lambda name: [r["epoch"] for r in logs[name] if "top1 1 resnet18" in r]
+    assert epochs("plain") == [0, 1, 2, 3] and epochs("seldom") == [2, 3]
+    assert [r["step"] for r in logs["seldom"] if "step" in r] == ["5/16", "10/16", "15/16", "16/16"]
+    cfg = eval_linear.parse([*map(str, source), "--weight_decay", "0.5", "--finetune", "--optimizer", "adamw"])
+    net = eval_linear.Classifiers([eval_linear.Classifier(eval_knn.load_backbones(cfg)["1 resnet18"], cfg, 8, (0.1,))])
+    optimizer = eval_linear.make_optimizer(net, cfg)
+    assert type(optimizer) is torch.optim.AdamW
+    groups = [(p.dim() > 1, g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]]
+    assert {*groups} == {(True, 0.5), (False, 0.0)} and len(groups) == len([*net.parameters()])
+
+
 def test_a_diverged_rate_stops_neither_the_others_nor_the_run(trained, few, tmp_path, capsys):
     source = ["--checkpoint", trained / "checkpoint.pth", "--batch_size", 64, "--epochs", 2, "--warmup_epochs", 0]
     results = linear(tmp_path / "a", *source, "--lr", 1e38, 0.5)
