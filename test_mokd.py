@@ -7,6 +7,7 @@ released code, or with a property that the paper states.
 import argparse
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -18,6 +19,7 @@ import struct
 import subprocess
 import sys
 import time
+import timeit
 
 import numpy as np
 import pytest
@@ -40,6 +42,7 @@ SMALL = ("--data toy --out_dim 32 --hidden_dim 16 --bottleneck_dim 8 --t_dim 24 
          "--local_size 16 --local_crops 2 --batch_size 8 --epochs 1 --warmup_epochs 0 --teacher_temp_epochs 1 --workers 0 "
          "--freeze_last_layer 0 --cnn_lr 1 --vit_lr 0.03 --blur 0.1 0.5").split()
 PAIR = ["--arch1", "resnet18", "--model_kwargs1", *CNN, "--arch2", "vit_tiny", "--model_kwargs2", *VIT]
+TIMED = pytest.mark.skipif("MOKD_TIMING" not in os.environ, reason="takes minutes: MOKD_TIMING=1 runs it")
 
 
 def config(*args):
@@ -369,7 +372,7 @@ def test_a_view_without_a_partner_gets_no_gradient():
     assert close(ours, theirs, 1e-5) and not ours[0].any() and not ours[2].any() and ours[3].any()
 
 
-@pytest.mark.skipif("MOKD_TIMING" not in os.environ, reason="takes minutes: MOKD_TIMING=1 runs it")
+@TIMED
 def test_a_step_is_faster_than_its_naive_transcription_and_costs_little_more_than_independent_training():
     """ResNet-50 with ViT-Small at the paper's views and K, batch 8, one process: all losses against sm alone, and against
     naive_step with a parameter loop for clipping, optimizer and EMA. Prints seconds a step."""
@@ -1338,6 +1341,36 @@ def test_compiled_models_take_the_same_steps(tmp_path, uninterrupted):
     assert code == 0, stderr
     a, b = (json.loads(open(f / "log.jsonl").readlines()[0]) for f in (out, tmp_path))
     assert a["loss1"] == pytest.approx(b["loss1"], rel=1e-3) and a["loss2"] == pytest.approx(b["loss2"], rel=1e-3)
+
+
+WIDE = {   # the demo's nets, and smaller ones of their kinds
+    "CNN": ["resnet18", "layers=1,1,1,1", "channels=16,32,48,64", "stem_type=deep", "stem_width=8", "output_stride=8"],
+    "smaller CNN": ["resnet18", "layers=1,1,1,1", "channels=8,16,24,32", "stem_type=deep", "stem_width=8", "output_stride=8"],
+    "ViT": ["vit_tiny", "img_size=24", "patch_size=4", "embed_dim=64", "depth=3", "num_heads=2"],
+    "smaller ViT": ["vit_tiny", "img_size=24", "patch_size=4", "embed_dim=32", "depth=2", "num_heads=2"]}
+
+
+@TIMED
+@pytest.mark.parametrize("one, two", [("CNN", "ViT"), ("CNN", "smaller CNN"), ("ViT", "smaller ViT"), ("CNN", "CNN"), ("ViT", "ViT")])
+def test_compiled_pairs_of_every_family_take_the_same_step(one, two):
+    """The same losses and momentum nets after it. Then compiled and uncompiled steps take turns, and their times are printed."""
+    torch.compiler.reset()   # in one process it compiles a few networks of a class, and runs further ones as they are
+    graphs, cases = torch._dynamo.utils.counters["stats"], {}
+    before = graphs["unique_graphs"]
+    for compiled in ("off", "on"):
+        (arch1, *kwargs1), (arch2, *kwargs2) = WIDE[one], WIDE[two]
+        cfg = mokd.parse_args(["--demo", "--batch_size", "32", "--arch1", arch1, "--model_kwargs1", *kwargs1, "--arch2", arch2,
+                               "--model_kwargs2", *kwargs2, "--compile", compiled])
+        cfg.dtype = "fp32"
+        step = functools.partial(mokd.train_step, *models_of(cfg), views_of(cfg), cfg, mokd.schedule(cfg, 5, 100))
+        cases[compiled] = step, step()[0], [v for m in step.args[:2] for v in m.momentum_net.state_dict().values()]
+    assert graphs["unique_graphs"] - before >= 4   # two students, two momentum nets
+    (slow, losses, states), (fast, losses_compiled, states_compiled) = cases.values()
+    assert {k: float(v) for k, v in losses_compiled.items()} == pytest.approx({k: float(v) for k, v in losses.items()}, rel=1e-4)
+    for a, b in zip(states, states_compiled, strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
+    best = [min(times) for times in zip(*([timeit.timeit(step, number=3) for step in (slow, fast)] for _ in range(5)))]
+    print(f"{one}, {two}: a step {best[0] / 3:.3f} s, compiled {best[1] / 3:.3f} s, ratio {best[0] / best[1]:.2f}")
 
 
 def test_benchmark_prints_where_the_time_goes(folder, capsys):
