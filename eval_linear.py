@@ -252,7 +252,7 @@ def train(cfg, names, net, place, state, images, val, device, rank, world):
         end_of_epoch, last = step % per_epoch == 0, step == steps
         if step % cfg.log_every == 0 or last or stopped:
             n, means = len(window), mokd.mean_over_processes(torch.stack(window).mean(0)).cpu()
-            record = dict(epoch=(step - 1) // per_epoch, step=f"{step}/{steps}")
+            record = dict(epoch=(step - 1) // per_epoch, step=step, steps=steps)
             for name, part, loss in zip(names, net.parts, means.split([len(p.rates) for p in net.parts])):
                 record |= {f"loss {name}": loss.nan_to_num(math.inf, math.inf).min().item(),
                            f"losses {name}": {f"{rate:g}": v for rate, v in zip(part.rates, loss.tolist())}}

@@ -1067,8 +1067,8 @@ def memory_gb(device):
 
 def show(record, last=True):
     """Print a record as a line; on a terminal the next overwrites it unless it is the last."""
-    line = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()
-                     if not k.startswith(("entropy", "spread")) and not isinstance(v, dict))
+    line = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"step {v}/{record['steps']}" if k == "step" else f"{k} {v}"
+                     for k, v in record.items() if not k.startswith(("entropy", "spread", "steps")) and not isinstance(v, dict))
     terminal = sys.stdout.isatty()
     if MAIN:
         print(("\r\033[K" if terminal else "") + line, end="" if terminal and not last else "\n", flush=True)
@@ -1119,7 +1119,7 @@ def train(cfg, models, images, val, device, rank, world):
             means, seconds, n = read_losses(window, since), time.time() - clock, len(window)
             window, since, clock = [], step, time.time()
         if logging:
-            record = dict(epoch=now.epoch, step=f"{step}/{steps}")
+            record = dict(epoch=now.epoch, step=step, steps=steps)
             record |= {name: mean for name, mean in means.items() if name[:2] not in {"sm", "cm", "st", "ct"} - {*cfg.losses.split(",")}}
             record |= {f"lr{m.i}": m.optimizers[0].param_groups[0]["lr"] for m in models}
             record |= {"images/s": cfg.batch_size * n / seconds, "GB": memory_gb(device),

@@ -358,7 +358,7 @@ def train(cfg, net, images, device, rank, world):
                 names = ", ".join(name for name, value in zip(losses, values[row]) if not value.isfinite())
                 raise Stop(f"step {since + row}: {names} not finite. The last good checkpoint is kept. Lower --lr, raise "
                            f"--warmup, or use --dtype fp32", code=1)
-            record = dict(step=f"{step}/{cfg.iterations}") | dict(zip(losses, values.mean(0).tolist()))
+            record = dict(step=step, steps=cfg.iterations) | dict(zip(losses, values.mean(0).tolist()))
             seconds_left = (now - start) / (step - first) * (cfg.iterations - step)
             record |= {"lr": learning_rate(cfg, step - 1), "images/s": cfg.batch_size * len(window) / (now - clock),
                        "GB": mokd.memory_gb(device), "minutes_left": seconds_left / 60}

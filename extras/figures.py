@@ -254,7 +254,7 @@ def read_log(file):
     try:
         for line in open(file):
             record = json.loads(line)
-            step = int(record.get("step", f"{step}/").partition("/")[0])   # a k-NN record has none
+            step = int(record.get("step", step))   # a k-NN record has none
             for name in (name for name in names if name in record):
                 table.setdefault(name, {})[step] = record[name]
     except (OSError, ValueError, AttributeError) as error:
