@@ -32,7 +32,7 @@ class Source:
     vit_pool: str = flag("mean", "pooled feature of --arch, if a ViT; a checkpoint knows its own", choices=("mean", "cls"))
 
     data: str = flag("", "folder with train/ and val/, torchvision data set, or toy; unset: the checkpoint's", group="data")
-    data_root: str = flag("data", "folder to which torchvision data sets are downloaded", resume=True)
+    data_root: str = flag("", "folder to which torchvision data sets are downloaded; unset: the checkpoint's, else data", resume=True)
     image_size: int = flag(None, "pixels of an image; unset: the checkpoint's --global_size, else 224 [A.2]", low=1)
     resize: int = flag(None, "shorter side before the center crop, bicubic; unset: image_size * 256 / 224 [A.2]", low=1)
     workers: int = flag(None, "loaders of each process; unset: its share of the cores, at most 16; 1 without a GPU", resume=True)
@@ -63,8 +63,8 @@ def parse(argv=None):
     return check_source(Config(**mokd.read_flags(Config, argv, "eval_knn.py", __doc__.split("\n\n")[0])))
 
 def load_backbones(cfg, margin=256 / 224):
-    """-> {name: Backbone} of what cfg names. Fills in its data, image_size and resize (image_size * margin) where they are
-    unset. Raises Stop."""
+    """-> {name: Backbone} of what cfg names. Fills in its data, data_root, image_size and resize (image_size * margin) where
+    they are unset. Raises Stop."""
     if cfg.checkpoint:
         state = mokd.read_checkpoint(cfg.checkpoint, "Give the checkpoint.pth of a run; a backbone's weights go with --arch NAME "
                                      "--weights FILE")
@@ -72,9 +72,10 @@ def load_backbones(cfg, margin=256 / 224):
         kinds = {i: (saved[f"arch{i}"], saved[f"model_kwargs{i}"], saved["patch_size"], saved["vit_pool"])
                  for i in "12" if cfg.model in ("both", i)}
         cfg.data, cfg.image_size = cfg.data or saved["data"], cfg.image_size or saved["global_size"]
+        cfg.data_root = cfg.data_root or saved["data_root"]
     else:
         kinds = {"": (cfg.arch, cfg.model_kwargs, cfg.patch_size, cfg.vit_pool)}
-        cfg.image_size = cfg.image_size or 224
+        cfg.image_size, cfg.data_root = cfg.image_size or 224, cfg.data_root or "data"
     cfg.resize, backbones = cfg.resize or round(cfg.image_size * margin), {}
     if cfg.resize < cfg.image_size:
         raise Stop(f"--resize {cfg.resize} is less than --image_size {cfg.image_size}: raise it")

@@ -965,6 +965,9 @@ def test_fashion_mnist_trains_gray_28_pixels(tmp_path, capsys):
     assert mokd.main([*SMALL, *PAIR, "--data", "fashion_mnist", "--data_root", str(tmp_path), "--out", str(out), "--knn_every", "1"]) == 0
     records = [json.loads(line) for line in open(out / "log.jsonl")]
     assert records[-1]["knn1"] >= 0 and records[-2]["step"] == records[-2]["steps"] == 7
+    capsys.readouterr()   # the evaluations find the data where the run had them
+    assert mokd.main(["--checkpoint", str(out / "checkpoint.pth"), "--k", "5"], "eval_knn.py", eval_knn.parse, eval_knn.run) == 0
+    assert "1 resnet18" in capsys.readouterr().out
 
 
 def test_a_data_set_that_cannot_be_downloaded_is_named(tmp_path, capsys, monkeypatch):

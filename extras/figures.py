@@ -60,12 +60,12 @@ def parse(argv=None):
     return cfg
 
 def load(cfg):
-    """-> {run: {model: Backbone}}, the images. Fills in data, image_size and resize, where unset, from the first checkpoint."""
+    """-> {run: {model: Backbone}}, the images. Unset data, data_root, image_size and resize are the first checkpoint's."""
     runs = {}
     for name, file in zip(cfg.names, cfg.checkpoint or [""]):
         own = replace(cfg, checkpoint=file)
         runs[name] = load_backbones(own)
-        cfg.data, cfg.image_size, cfg.resize = own.data, own.image_size, own.resize
+        cfg.data, cfg.data_root, cfg.image_size, cfg.resize = own.data, own.data_root, own.image_size, own.resize
     train, val = mokd.get_data(cfg)
     return runs, val if val is not None and len(val) else train
 
@@ -226,7 +226,7 @@ def crops(cfg, device):
     draws by the place in a batch, are drawn anew."""
     saved = mokd.read_checkpoint(cfg.checkpoint[0])["config"]
     run = mokd.Config(**{f.name: saved[f.name] for f in fields(mokd.Config) if f.name in saved})
-    cfg.data = cfg.data or run.data
+    cfg.data, cfg.data_root = cfg.data or run.data, cfg.data_root or run.data_root
     images = mokd.get_data(cfg)[0]
     index = draw(images, cfg.images or 4, cfg.seed, "images")
     batch, run.batch_size = default_collate([mokd.MultiCrop(images, run)[0, i] for i in index]), len(index)
