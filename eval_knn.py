@@ -16,7 +16,7 @@ import timm
 import torch
 
 import mokd
-from mokd import Stop, flag, say
+from mokd import UserError, flag, say
 
 @dataclass
 class Source:
@@ -32,10 +32,10 @@ class Source:
     vit_pool: str = flag("mean", "pooled feature of --arch, if a ViT; a checkpoint knows its own", choices=("mean", "cls"))
 
     data: str = flag("", "folder with train/ and val/, torchvision data set, or toy; unset: the checkpoint's", group="data")
-    data_root: str = flag("", "folder to which torchvision data sets are downloaded; unset: the checkpoint's, else data", resume=True)
+    data_root: str = flag("", "folder to which torchvision data sets are downloaded; unset: the checkpoint's, else data", may_differ=True)
     image_size: int = flag(None, "pixels of an image; unset: the checkpoint's --global_size, else 224 [A.2]", low=1)
     resize: int = flag(None, "shorter side before the center crop, bicubic; unset: image_size * 256 / 224 [A.2]", low=1)
-    workers: int = flag(None, "loaders of each process; unset: its share of the cores, at most 16; 1 without a GPU", resume=True)
+    workers: int = flag(None, "loaders of each process; unset: its share of the cores, at most 16; 1 without a GPU", may_differ=True)
     seed: int = flag(0, "seed of everything that is drawn")
 
 @dataclass
@@ -47,7 +47,7 @@ class Config(Source):
     save: str = flag("", "write features and labels, in the data set's order, to this file")
 
 def check_source(cfg):
-    """Refuse settings that cannot work -> cfg. Raises Stop."""
+    """Refuse settings that cannot work -> cfg. Raises UserError."""
     mokd.check_ranges(cfg)
     for wrong, sentence in (
             (bool(cfg.checkpoint) == bool(cfg.arch), "give either --checkpoint FILE or --arch NAME"),
@@ -56,7 +56,7 @@ def check_source(cfg):
             (cfg.weights and cfg.pretrained, "give either --weights FILE or --pretrained"),
             (cfg.arch and not cfg.data, f"--arch {cfg.arch}: say with --data on what")):
         if wrong:
-            raise Stop(sentence)
+            raise UserError(sentence)
     return cfg
 
 def parse(argv=None):
@@ -64,7 +64,7 @@ def parse(argv=None):
 
 def load_backbones(cfg, margin=256 / 224):
     """-> {name: Backbone} of what cfg names. Fills in its data, data_root, image_size and resize (image_size * margin) where
-    they are unset. Raises Stop."""
+    they are unset. Raises UserError."""
     if cfg.checkpoint:
         state = mokd.read_checkpoint(cfg.checkpoint, "Give the checkpoint.pth of a run; a backbone's weights go with --arch NAME "
                                      "--weights FILE")
@@ -78,7 +78,7 @@ def load_backbones(cfg, margin=256 / 224):
         cfg.image_size, cfg.data_root = cfg.image_size or 224, cfg.data_root or "data"
     cfg.resize, backbones = cfg.resize or round(cfg.image_size * margin), {}
     if cfg.resize < cfg.image_size:
-        raise Stop(f"--resize {cfg.resize} is less than --image_size {cfg.image_size}: raise it")
+        raise UserError(f"--resize {cfg.resize} is less than --image_size {cfg.image_size}: raise it")
     for i, (arch, *kind) in kinds.items():
         torch.manual_seed(mokd.seed_of(cfg.seed, "backbone", i))
         backbone = mokd.build_backbone(arch, *kind, sizes=[cfg.image_size])
@@ -98,7 +98,7 @@ def load_pretrained(backbone):
     try:
         model = timm.create_model(backbone.timm_name, pretrained=True, num_classes=0, **backbone.timm_kwargs)
     except Exception as error:   # a download fails in many ways
-        raise Stop(f"--pretrained: timm's weights of {backbone.timm_name} could not be had ({error})") from error
+        raise UserError(f"--pretrained: timm's weights of {backbone.timm_name} could not be had ({error})") from error
     backbone.model.load_state_dict(model.state_dict())
     theirs = [torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std")]
     def convert(module, args):
@@ -115,19 +115,19 @@ def labels_of(images):
     return torch.as_tensor(labels).long()
 
 def labeled_data(cfg):
-    """-> (train, val, number of classes); of both only images with labels. Raises Stop where they do not fit each other."""
+    """-> (train, val, number of classes); of both only images with labels. Raises UserError where they do not fit each other."""
     parts = mokd.get_data(cfg)
     if parts[1] is None or not len(parts[1]):
-        raise Stop(f"--data {cfg.data}: no validation images; give a folder with train/ and val/, in each a folder for each class")
+        raise UserError(f"--data {cfg.data}: no validation images; give a folder with train/ and val/, in each a folder for each class")
     names = [getattr(images, "classes", None) for images in parts]
     if names[0] != names[1]:
         odd = sorted({*names[0]} ^ {*names[1]})
-        raise Stop(f"--data {cfg.data}: train/ and val/ must have the same class folders; {odd[0]} is in one alone ({len(odd)} such)")
+        raise UserError(f"--data {cfg.data}: train/ and val/ must have the same class folders; {odd[0]} is in one alone ({len(odd)} such)")
     labels = [labels_of(images) for images in parts]
     parts = [mokd.Subset(images, (y >= 0).nonzero().flatten().tolist()) for images, y in zip(parts, labels)]
     classes = int(labels[0].max()) + 1
     if labels[1].max() >= classes:
-        raise Stop(f"--data {cfg.data}: validation has label {int(labels[1].max())}, training only 0 to {classes - 1}")
+        raise UserError(f"--data {cfg.data}: validation has label {int(labels[1].max())}, training only 0 to {classes - 1}")
     return *parts, classes
 
 def progress_of(what, n):
@@ -151,7 +151,8 @@ def accuracies(votes, answers):
     return [100 * (place < n).float().mean().item() for n in (1, 5)]
 
 def run(cfg):
-    device, rank, world = mokd.set_up(cfg)
+    device, rank, world = mokd.join_processes()
+    mokd.fill_in_machine(cfg, device, world)
     if cfg.save and mokd.MAIN:
         write(cfg, {})   # before hours are spent
     backbones = load_backbones(cfg)
@@ -159,7 +160,7 @@ def run(cfg):
     features, labels = [], []
     for name, images in zip(("bank", "queries"), parts):
         f, y = mokd.extract_features(
-            [b.to(device, memory_format=mokd.layout(device)) for b in backbones.values()],
+            [b.to(device, memory_format=mokd.memory_format(device)) for b in backbones.values()],
             mokd.EvalView(images, cfg.image_size, cfg.resize), device, cfg.batch_size // world, cfg.workers, rank, world, cfg.dtype,
             progress_of(name, math.ceil(len(images) / world)))
         features.append(f)
@@ -198,7 +199,7 @@ def write(cfg, value):
     try:
         mokd.write(value, cfg.save)
     except (OSError, RuntimeError) as error:   # torch turns some of the first into the second
-        raise Stop(f"--save {cfg.save}: cannot be written ({error}); give another file", code=1) from error
+        raise UserError(f"--save {cfg.save}: cannot be written ({error}); give another file", code=1) from error
 
 if __name__ == "__main__":
     sys.exit(mokd.main(program="eval_knn.py", parse=parse, run=run))

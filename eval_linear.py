@@ -28,7 +28,7 @@ from torchvision.transforms.v2 import functional as TF
 
 import mokd
 from eval_knn import Source, check_source, labeled_data, labels_of, load_backbones, progress_of
-from mokd import Stop, flag, say
+from mokd import UserError, flag, say
 
 @dataclass
 class Config(Source):
@@ -45,18 +45,18 @@ class Config(Source):
     batch_size: int = flag(None, "over all processes; unset: 2048 [A.2], fine-tuning 1024 [A.3], at most all images", low=1)
     scale: tuple = flag((0.08, 1.0), "part of the image that a training crop covers [torchvision]", low=1e-4, high=1)
 
-    out: str = flag("", "folder of results; unset: beside the checkpoint, or runs/linear-ARCH", group="running", resume=True)
+    out: str = flag("", "folder of results; unset: beside the checkpoint, or runs/linear-ARCH", group="running", may_differ=True)
     dtype: str = flag("auto", "of autocast; auto: bf16, else fp16, on a GPU; else fp32", choices=("auto", "bf16", "fp16", "fp32"))
-    log_every: int = flag(20, "steps between log lines", low=1, resume=True)
-    eval_every: int = flag(1, "epochs between evaluations", low=1, resume=True)
-    save_every: int = flag(0, "steps between checkpoints; 0: one each epoch", resume=True)
+    log_every: int = flag(20, "steps between log lines", low=1, may_differ=True)
+    eval_every: int = flag(1, "epochs between evaluations", low=1, may_differ=True)
+    save_every: int = flag(0, "steps between checkpoints; 0: one each epoch", may_differ=True)
 
 def parse(argv=None):
     cfg = check_source(Config(**mokd.read_flags(Config, argv, "eval_linear.py", __doc__.split("\n\n")[0])))
     if cfg.subset and cfg.label_fraction < 1:
-        raise Stop("give either --label_fraction or --subset FILE")
+        raise UserError("give either --label_fraction or --subset FILE")
     if len({*cfg.lr}) < len(cfg.lr):
-        raise Stop("--lr: a rate is given twice")
+        raise UserError("--lr: a rate is given twice")
     return cfg
 
 def with_label(images, cfg):
@@ -65,11 +65,11 @@ def with_label(images, cfg):
         try:
             names = {line.strip() for line in open(cfg.subset) if line.strip()}
         except (OSError, UnicodeDecodeError) as error:
-            raise Stop(f"--subset {cfg.subset}: cannot be read ({error})") from error
+            raise UserError(f"--subset {cfg.subset}: cannot be read ({error})") from error
         own = {os.path.basename(mokd.name_of(images, i)): i for i in range(len(images))}
         missing = sorted(names - own.keys())
         if missing or not names:
-            raise Stop(f"--subset {cfg.subset}: {len(missing)} of {len(names)} names are not among the training images of --data "
+            raise UserError(f"--subset {cfg.subset}: {len(missing)} of {len(names)} names are not among the training images of --data "
                        f"{cfg.data}, first {missing[0] if missing else 'none: the file is empty'}")
         return Subset(images, sorted(own[name] for name in names))
     labels, kept = labels_of(images.dataset)[images.indices], []
@@ -90,9 +90,9 @@ def fill_in(cfg, labeled, total, world):
     kind += f"-{cfg.label_fraction:g}" if cfg.label_fraction < 1 else "-subset" if cfg.subset else ""
     cfg.out = cfg.out or (f"{os.path.dirname(cfg.checkpoint) or '.'}/{kind}" if cfg.checkpoint else f"runs/{kind}-{cfg.arch}")
     if cfg.batch_size > labeled:
-        raise Stop(f"--batch_size {cfg.batch_size}: there are only {labeled} labeled images; lower it")
+        raise UserError(f"--batch_size {cfg.batch_size}: there are only {labeled} labeled images; lower it")
     if cfg.warmup_epochs > cfg.epochs:
-        raise Stop(f"--warmup_epochs {cfg.warmup_epochs} is more than --epochs {cfg.epochs}: lower it")
+        raise UserError(f"--warmup_epochs {cfg.warmup_epochs} is more than --epochs {cfg.epochs}: lower it")
 
 class TrainView(torch.utils.data.Dataset):
     """(epoch, index) -> random resized crop, flipped or not (3, S, S) uint8, and its label; -100 if unreadable: no loss."""
@@ -186,12 +186,12 @@ def evaluate(net, images, cfg, device, rank, world):
     return [row.view(2, -1) * 100 / counts[0] for row in counts[1:].split([2 * len(p.rates) for p in net.parts])]
 
 def write(cfg, value, path):
-    """Let the first process write a file that is always whole. Raises Stop."""
+    """Let the first process write a file that is always whole. Raises UserError."""
     try:
         if mokd.MAIN:
             mokd.write(value, path)
     except (OSError, RuntimeError) as error:   # torch turns some of the first into the second
-        raise Stop(f"--out {cfg.out}: {path} could not be written ({error}); make room there and start again", code=1) from error
+        raise UserError(f"--out {cfg.out}: {path} could not be written ({error}); make room there and start again", code=1) from error
 
 def write_results(cfg, results):
     try:
@@ -204,7 +204,7 @@ def write_results(cfg, results):
 
 def train(cfg, names, net, place, state, images, val, device, rank, world):
     """Train the linear layers of net, and its backbones to fine-tune -> the results of all rates so far, {model: {rate: ...}}.
-    `place` is that of the rates in the list to be done one by one, `state` the checkpoint to go on from, or None. Raises Stop,
+    `place` is that of the rates in the list to be done one by one, `state` the checkpoint to go on from, or None. Raises UserError,
     on a signal after writing a checkpoint."""
     optimizer, path = make_optimizer(net, cfg), f"{cfg.out}/checkpoint.pth"
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16" and cfg.finetune)
@@ -247,7 +247,7 @@ def train(cfg, names, net, place, state, images, val, device, rank, world):
         if world > 1:
             dist.all_reduce(flags)
         if flags[0] > 0.01 * len(images) * math.ceil(step / per_epoch):
-            raise Stop(f"--data {cfg.data}: more than 1 % of the images cannot be read: mend or remove those named above", code=1)
+            raise UserError(f"--data {cfg.data}: more than 1 % of the images cannot be read: mend or remove those named above", code=1)
         stopped = [s for s, flag in zip(stops, flags[1:].tolist()) if flag]
         end_of_epoch, last = step % per_epoch == 0, step == steps
         if step % cfg.log_every == 0 or last or stopped:
@@ -284,7 +284,7 @@ def train(cfg, names, net, place, state, images, val, device, rank, world):
             write(cfg, dict(config=asdict(cfg), step=step, place=place, results=results, diverged=diverged,
                             scaler=scaler.state_dict(), models=[{k: weights[k] for k in kept}, optimizer.state_dict()]), path)
         if stopped:
-            raise Stop(f"stopped by {stopped[0].name} after step {step}; the same command goes on from there", 128 + stopped[0])
+            raise UserError(f"stopped by {stopped[0].name} after step {step}; the same command goes on from there", 128 + stopped[0])
         if dead:
             break
     return results
@@ -318,25 +318,25 @@ def save_classifier(cfg, name, part, rate, classes):
     return f"{path}: the linear layer alone, because timm's {b.timm_name} does not apply its classifier to this feature"
 
 def run(cfg):
-    device, rank, world = mokd.setup_processes()
+    device, rank, world = mokd.join_processes()
     transfer = cfg.finetune and cfg.label_fraction == 1 and not cfg.subset
     backbones = load_backbones(cfg, margin=1 if transfer else 256 / 224)
     every, val, classes = labeled_data(cfg)
     images = with_label(every, cfg)
     fill_in(cfg, len(images), len(every), world)
-    mokd.set_up(cfg)
+    mokd.fill_in_machine(cfg, device, world)
     if (cfg.n_last_blocks or cfg.avgpool) and not any(b.prefix for b in backbones.values()):
-        raise Stop("--n_last_blocks and --avgpool are for ViTs with a CLS token; here is none")
+        raise UserError("--n_last_blocks and --avgpool are for ViTs with a CLS token; here is none")
     for name, b in backbones.items():
         if cfg.n_last_blocks > len(getattr(b.model, "blocks", ())) and b.prefix:
-            raise Stop(f"--n_last_blocks {cfg.n_last_blocks}: {name} has only {len(b.model.blocks)} blocks")
+            raise UserError(f"--n_last_blocks {cfg.n_last_blocks}: {name} has only {len(b.model.blocks)} blocks")
         if cfg.avgpool and not cfg.n_last_blocks and b.prefix and not b.cls:
-            raise Stop(f"--avgpool: the pooled feature of {name} is that mean already; add --n_last_blocks")
+            raise UserError(f"--avgpool: the pooled feature of {name} is that mean already; add --n_last_blocks")
     try:
         os.makedirs(cfg.out, exist_ok=True)
         open(f"{cfg.out}/log.jsonl", "a").close()
     except OSError as error:
-        raise Stop(f"--out {cfg.out}: cannot be written to ({error.strerror}); give another folder") from error
+        raise UserError(f"--out {cfg.out}: cannot be written to ({error.strerror}); give another folder") from error
     path, state = f"{cfg.out}/checkpoint.pth", None
     if os.path.exists(path):
         state = mokd.read_checkpoint(path)
@@ -347,7 +347,7 @@ def run(cfg):
     rates = {name: cfg.lr or (0.01 if cfg.finetune else 0.08 if b.family == "cnn" else 0.008,) for name, b in backbones.items()}
     loads = {}
     for place in range(state["place"] if state else 0, len(cfg.lr) if cfg.finetune and cfg.lr else 1):
-        own = {name: copy.deepcopy(b).to(device, memory_format=mokd.layout(device)) for name, b in backbones.items()}
+        own = {name: copy.deepcopy(b).to(device, memory_format=mokd.memory_format(device)) for name, b in backbones.items()}
         parts = [Classifier(own[name], cfg, classes, r[place:place + 1] if cfg.finetune else r) for name, r in rates.items()]
         net = Classifiers(parts).to(device)
         if cfg.finetune:
@@ -369,7 +369,7 @@ def run(cfg):
     for name, load in loads.items():
         say(f"{name}: {load}")
     if all(r["top1"] == 0 for rates in results.values() for r in rates.values()):
-        raise Stop("every rate diverged: give smaller ones with --lr", code=1)
+        raise UserError("every rate diverged: give smaller ones with --lr", code=1)
     return results
 
 if __name__ == "__main__":

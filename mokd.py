@@ -33,18 +33,18 @@ from torch.utils.data import Subset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2 import RandomResizedCrop, functional as TF
 
-class Stop(Exception):
+class UserError(Exception):
     """Ends the program with one sentence for the user. Exit code 2: the command was wrong; 1: the run failed."""
     def __init__(self, message, code=2):
         super().__init__(message)
         self.code = code
 
 # ------------------------------------------------------------------------------------------------------- settings
-def flag(default, help, low=0, high=math.inf, group=None, choices=None, resume=False, nargs=None):
-    """One setting: a number lies between low and high, `group` opens a group of --help, `resume` lets a resumed run change it,
+def flag(default, help, low=0, high=math.inf, group=None, choices=None, may_differ=False, nargs=None):
+    """One setting: a number lies between low and high, `group` opens a group of --help, `may_differ` lets a resumed run change it,
     `nargs` "+" takes any count of numbers."""
     default = dict(default_factory=dict) if default == {} else dict(default=default)
-    return field(**default, metadata=dict(help=help, low=low, high=high, group=group, choices=choices, resume=resume, nargs=nargs))
+    return field(**default, metadata=dict(help=help, low=low, high=high, group=group, choices=choices, may_differ=may_differ, nargs=nargs))
 
 @dataclass
 class Config:
@@ -67,7 +67,7 @@ class Config:
     t_heads: int = flag(6, "attention heads of a T-Head [3.4]", low=1)
     t_norm: bool = flag(False, "L2-normalize a T-Head's mean token before its last layer; off [released code]")
 
-    recipe: str = flag("paper", "whose defaults", group="losses", choices=("paper", "release"), resume=True)
+    recipe: str = flag("paper", "whose defaults", group="losses", choices=("paper", "release"), may_differ=True)
     losses: str = flag("sm,cm,st,ct", "any subset with sm; sm alone is two independent DINO runs [Table 7]")
     lambda1: float = flag(None, "of cm1 and ct1; unset: larger backbone 1, smaller 0.1 [4.5]; CNN 1, ViT 0.1 [released code]")
     lambda2: float = flag(None, "the same of cm2 and ct2")
@@ -92,8 +92,8 @@ class Config:
     solarize: float = flag(0.2, "probability of solarizing global view 1 [released code]; 0 [A.1]", high=1)
 
     data: str = flag("imagenet", "folder of images, torchvision data set (cifar10, fashion_mnist, ...), or toy", group="data")
-    data_root: str = flag("data", "folder to which torchvision data sets are downloaded", resume=True)
-    workers: int = flag(None, "loaders of each process; unset: its share of the cores, at most 16; 1 without a GPU", resume=True)
+    data_root: str = flag("data", "folder to which torchvision data sets are downloaded", may_differ=True)
+    workers: int = flag(None, "loaders of each process; unset: its share of the cores, at most 16; 1 without a GPU", may_differ=True)
 
     epochs: int = flag(100, "epochs [A.1]", low=1, group="optimization")
     batch_size: int = flag(256, "images of a step, over all processes [A.1]", low=1)
@@ -111,17 +111,17 @@ class Config:
     clip_grad: float = flag(3.0, "norm to which each parameter's gradient is clipped [released code]; 0: no clipping")
     freeze_last_layer: int = flag(1, "epochs in which heads' last layers stand still [released code]; raise it if losses rise")
 
-    out: str = flag("", "folder of checkpoints, weights and log; unset: runs/ARCH1-ARCH2", group="running", resume=True)
+    out: str = flag("", "folder of checkpoints, weights and log; unset: runs/ARCH1-ARCH2", group="running", may_differ=True)
     seed: int = flag(0, "seed of everything that is drawn")
     dtype: str = flag("auto", "of autocast; auto: bf16, else fp16, on a GPU; else fp32", choices=("auto", "bf16", "fp16", "fp32"))
-    compile: bool = flag(False, "torch.compile both models", resume=True)
-    log_every: int = flag(20, "steps between log lines", low=1, resume=True)
-    save_every: int = flag(0, "steps between checkpoints; 0: one each epoch", resume=True)
-    knn_every: int = flag(0, "epochs between k-NN evaluations of the momentum nets; 0: none", resume=True)
-    knn_k: int = flag(20, "neighbors of that evaluation [A.2]", low=1, resume=True)
-    demo: bool = flag(False, "train a small pair on toy and compare k-NN accuracy before and after", resume=True)
-    preview: str = flag("", "write the views of a few images to this .png file and exit", resume=True)
-    benchmark: int = flag(0, "time this many steps, say where the time goes, and exit", resume=True)
+    compile: bool = flag(False, "torch.compile both models", may_differ=True)
+    log_every: int = flag(20, "steps between log lines", low=1, may_differ=True)
+    save_every: int = flag(0, "steps between checkpoints; 0: one each epoch", may_differ=True)
+    knn_every: int = flag(0, "epochs between k-NN evaluations of the momentum nets; 0: none", may_differ=True)
+    knn_k: int = flag(20, "neighbors of that evaluation [A.2]", low=1, may_differ=True)
+    demo: bool = flag(False, "train a small pair on toy and compare k-NN accuracy before and after", may_differ=True)
+    preview: str = flag("", "write the views of a few images to this .png file and exit", may_differ=True)
+    benchmark: int = flag(0, "time this many steps, say where the time goes, and exit", may_differ=True)
 
 RECIPES = {"paper": {}, "release": dict(
     vit_pool="cls", t_dim=0, search="local", search_center=False, teacher_temp_epochs_cnn=50, t_optimizer="sgd",
@@ -168,12 +168,12 @@ def read_flags(config, argv, program, about):
             {"on": True, "off": False}.get(value, value) for name, value in vars(parser.parse_args(argv)).items()}
 
 def check_ranges(cfg):
-    """Refuse numbers out of their range. Raises Stop."""
+    """Refuse numbers out of their range. Raises UserError."""
     for f in (f for f in fields(cfg) if f.type in (int, float, tuple)):
         value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
         for v in value if f.type is tuple else [value]:
             if v is not None and not low <= v <= high:
-                raise Stop(f"--{f.name} {v}: must be " + (f"at most {high}" if v > high else f"at least {low}"))
+                raise UserError(f"--{f.name} {v}: must be " + (f"at most {high}" if v > high else f"at least {low}"))
 
 def parse_args(argv=None):
     """Command line -> Config. What is given wins over --demo, that over --recipe, that over the defaults."""
@@ -183,11 +183,11 @@ def parse_args(argv=None):
     return check(Config(**RECIPES[given.get("recipe", "paper")] | demo | given))
 
 def check(cfg):
-    """Refuse settings that cannot work, before anything is built -> cfg. Raises Stop."""
+    """Refuse settings that cannot work, before anything is built -> cfg. Raises UserError."""
     check_ranges(cfg)
     for name in ("global_scale", "local_scale", "blur"):
         if getattr(cfg, name)[0] > getattr(cfg, name)[1]:
-            raise Stop(f"--{name}: give the smaller number first")
+            raise UserError(f"--{name}: give the smaller number first")
     losses = cfg.losses.split(",")
     for wrong, sentence in (
             ("sm" not in losses or {*losses} - {"sm", "cm", "st", "ct"}, f"--losses {cfg.losses}: give sm and any of cm,st,ct"),
@@ -197,43 +197,41 @@ def check(cfg):
             (cfg.jitter[3] > 0.5, f"--jitter: its last number, for the hue, is {cfg.jitter[3]} and must be at most 0.5"),
             (cfg.preview and not cfg.preview.endswith(".png"), f"--preview {cfg.preview}: give a name that ends in .png")):
         if wrong:
-            raise Stop(sentence)
+            raise UserError(sentence)
     cfg.out = cfg.out or f"runs/{cfg.arch1}-{cfg.arch2}"
     return cfg
 
 # --------------------------------------------------------------------------------------------- processes and seeds
 MAIN = int(os.environ.get("RANK", 0)) == 0   # the process that prints and writes
 
-def setup_processes():
-    """-> (device, rank, world). Under torchrun joins the process group: NCCL for GPUs, gloo for the CPU. Raises Stop."""
+def join_processes():
+    """-> (device, rank, world). Under torchrun joins the process group: NCCL for GPUs, gloo for the CPU. Raises UserError."""
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
-            raise Stop(f"process {local} finds no GPU of its own: --nproc_per_node at most {torch.cuda.device_count()}")
+            raise UserError(f"process {local} finds no GPU of its own: --nproc_per_node at most {torch.cuda.device_count()}")
         torch.cuda.set_device(device := torch.device("cuda", local))
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device, rank, world
 
-def set_up(cfg):
-    """Fill in --dtype and --workers where they are left to the machine -> (device, rank, world). Raises Stop."""
-    device, rank, world = setup_processes()
+def fill_in_machine(cfg, device, world):
+    """Fill in --dtype and --workers where they are left to the machine. Raises UserError."""
     if cfg.batch_size % world:
-        raise Stop(f"--batch_size {cfg.batch_size} does not divide by {world} processes: choose a multiple")
+        raise UserError(f"--batch_size {cfg.batch_size} does not divide by {world} processes: choose a multiple")
     if cfg.dtype == "auto":
         cfg.dtype = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     if cfg.workers is None:
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cuda" else 1
         cfg.workers = min(16, max(1, cores))
     torch.backends.cudnn.benchmark = True
-    return device, rank, world
 
 def autocast(device, dtype):
     types = dict(bf16=torch.bfloat16, fp16=torch.float16)   # fp32 needs none
     return torch.autocast(device.type, types.get(dtype), enabled=dtype in types)
 
-def layout(device):   # of images and weights in memory, which GPUs convolve faster with channels last
+def memory_format(device):   # of images and weights in memory, which GPUs convolve faster with channels last
     return torch.channels_last if device.type == "cuda" else torch.preserve_format
 
 def say(text):
@@ -250,6 +248,44 @@ def sum_over_processes(x):
 
 def mean_over_processes(x):
     return sum_over_processes(x) / (dist.get_world_size() if dist.is_initialized() else 1)
+
+class Watch:
+    """What may end a training loop between two steps: SIGTERM, SIGINT, too many unreadable images. All processes agree on it."""
+    def __init__(self, images, data):
+        self.images, self.data, self.unreadable, self.caught = images, data, set(), set()
+        self.parent = os.getppid()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        self.caught.add(number)
+
+    def after_step(self, indices=(), reasons=()):
+        """Images that this process could not read in a step (-1: none), and why -> the signal that has come to any process, or
+        None. An image counts once, whoever met it. Raises UserError where more than 1 % cannot be read."""
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent:   # torchrun was killed
+            self.caught.add(signal.SIGTERM)
+        new = {index: reason for index, reason in zip(indices, reasons) if index >= 0 and index not in self.unreadable}
+        for index, reason in new.items():
+            warn(f"skipped {name_of(self.images, index)}: {reason}")
+        counts = torch.tensor([len(new), signal.SIGTERM in self.caught, signal.SIGINT in self.caught])
+        counts = sum_over_processes(counts)   # on the CPU: no GPU is waited for
+        if counts[0]:
+            mask = torch.zeros(len(self.images), dtype=torch.int32)
+            mask[[*new]] = 1
+            self.unreadable |= {*sum_over_processes(mask).nonzero().flatten().tolist()}
+            if len(self.unreadable) > 0.01 * len(self.images):
+                raise UserError(f"--data {self.data}: {len(self.unreadable)} of {len(self.images)} images cannot be read, more than "
+                                f"1 %: mend or remove those named above", code=1)
+        return signal.SIGTERM if counts[1] else signal.SIGINT if counts[2] else None
+
+def open_out(cfg):
+    """Make the folder --out and see that log.jsonl can be written there. Raises UserError."""
+    try:
+        os.makedirs(cfg.out, exist_ok=True)
+        open(f"{cfg.out}/log.jsonl", "a").close()
+    except OSError as error:
+        raise UserError(f"--out {cfg.out}: cannot be written to ({error.strerror}); give another folder") from error
 
 def seed_of(*key):
     """A 63-bit seed from numbers and words. All that is drawn is a function of (seed, epoch, index) or (seed, step), so a
@@ -318,7 +354,7 @@ def draw_toy(n, seed, size=48, cells=16):
     return images, labels
 
 def get_data(cfg):
-    """-> (train, val), data sets of (image, label); val is None where there is none. Raises Stop."""
+    """-> (train, val), data sets of (image, label); val is None where there is none. Raises UserError."""
     if cfg.data == "toy":
         return tuple(torch.utils.data.TensorDataset(*draw_toy(n, part)) for n, part in ((4096, "train"), (1024, "val")))
     if os.path.isdir(cfg.data):
@@ -327,10 +363,10 @@ def get_data(cfg):
         try:
             return [torchvision.datasets.ImageFolder(p, loader=read_image) if os.path.isdir(p) else None for p in parts]
         except FileNotFoundError as error:
-            raise Stop(f"--data {cfg.data}: {error} Each class is a folder with images in it; images without classes go "
+            raise UserError(f"--data {cfg.data}: {error} Each class is a folder with images in it; images without classes go "
                        f"into one folder, {parts[0]}/all") from error
     if cfg.data not in TORCHVISION:
-        raise Stop(f"--data {cfg.data}: no such folder. Give a folder with train/ and val/ or with class folders, or one of toy, "
+        raise UserError(f"--data {cfg.data}: no such folder. Give a folder with train/ and val/ or with class folders, or one of toy, "
                    f"{', '.join(TORCHVISION)}")
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0   # one process of a machine downloads, the others wait
     if dist.is_initialized() and not first:
@@ -339,7 +375,7 @@ def get_data(cfg):
     try:
         return tuple(getattr(torchvision.datasets, name)(cfg.data_root, download=first, **part) for part in parts)
     except Exception as error:   # a download or an archive fails in many ways
-        raise Stop(f"--data {cfg.data}: not in --data_root {cfg.data_root}, and it could not be downloaded "
+        raise UserError(f"--data {cfg.data}: not in --data_root {cfg.data_root}, and it could not be downloaded "
                    f"({type(error).__name__}: {error})") from error
     finally:
         if dist.is_initialized() and first:
@@ -506,11 +542,11 @@ def no_drop_path(net):
 
 def build_backbone(name, model_kwargs=None, patch_size=16, pool="mean", sizes=(224, 96), drop_path=0.0, flag="--arch"):
     """A timm model, by the paper's short name or its own, that is shown to take every view size -> Backbone with timm_name,
-    timm_kwargs, family ("cnn" with batch norm, else "vit"), dim (C), num_tokens (N of a global view). Raises Stop."""
+    timm_kwargs, family ("cnn" with batch norm, else "vit"), dim (C), num_tokens (N of a global view). Raises UserError."""
     timm_name, kwargs = TIMM_NAMES.get(name, name), dict(model_kwargs or {})
     if not timm.is_model(timm_name):
         close = difflib.get_close_matches(name.lower().replace("-", "_"), [*TIMM_NAMES, *timm.list_models()], n=5)
-        raise Stop(f"{flag} {name}: timm {timm.__version__} has no such model; " + (
+        raise UserError(f"{flag} {name}: timm {timm.__version__} has no such model; " + (
             f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists those it has"))
     if name.startswith("vit_") and name in TIMM_NAMES and patch_size != 16:
         kwargs.setdefault("patch_size", patch_size)
@@ -524,7 +560,7 @@ def build_backbone(name, model_kwargs=None, patch_size=16, pool="mean", sizes=(2
         except Exception as e:
             error = e
     else:
-        raise Stop(f"{flag} {name}: timm cannot build it with {kwargs}: {error}")
+        raise UserError(f"{flag} {name}: timm cannot build it with {kwargs}: {error}")
     family = "cnn" if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()) else "vit"
     if family == "cnn":
         no_drop_path(model)
@@ -533,10 +569,10 @@ def build_backbone(name, model_kwargs=None, patch_size=16, pool="mean", sizes=(2
         try:
             pooled, tokens = backbone(torch.rand(2, 3, size, size))
         except Exception as error:
-            raise Stop(f"{flag} {name}: cannot take views of {size} pixels ({error}); choose other --global_size and "
+            raise UserError(f"{flag} {name}: cannot take views of {size} pixels ({error}); choose other --global_size and "
                        f"--local_size, or another model") from error
         if tokens.dim() != 3 or math.isqrt(tokens.shape[1]) ** 2 != tokens.shape[1]:
-            raise Stop(f"{flag} {name}: its features {tuple(tokens.shape)} are no square map: MOKD cannot search them")
+            raise UserError(f"{flag} {name}: its features {tuple(tokens.shape)} are no square map: MOKD cannot search them")
     parameters = list(model.parameters())   # those that only a classifier would use get no gradient; DDP must know
     grads = torch.autograd.grad(pooled.sum() + tokens.sum(), parameters, allow_unused=True)
     for p, grad in zip(parameters, grads):
@@ -550,7 +586,7 @@ def load_backbone(backbone, file, flag):
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise Stop(f"{flag} {file}: no readable state dict ({type(error).__name__})") from error
+        raise UserError(f"{flag} {file}: no readable state dict ({type(error).__name__})") from error
     for key in ("teacher", "state_dict", "model"):
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
     state = {k.removeprefix("module.").removeprefix("backbone."): v for k, v in (state.items() if isinstance(state, dict) else ())
@@ -562,7 +598,7 @@ def load_backbone(backbone, file, flag):
     wrong = [k for k in own if (k in used and k not in state) or (k in state and state[k].shape != own[k].shape)]
     if wrong:
         there = tuple(state[wrong[0]].shape) if wrong[0] in state else "missing"
-        raise Stop(f"{flag} {file}: does not fit {backbone.timm_name}: {len(wrong)} of its tensors, first {wrong[0]}, which "
+        raise UserError(f"{flag} {file}: does not fit {backbone.timm_name}: {len(wrong)} of its tensors, first {wrong[0]}, which "
                    f"is {there} there and {tuple(own[wrong[0]].shape)} here. Is it of another architecture, or of other --model_kwargs?")
     backbone.model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
 
@@ -761,7 +797,7 @@ class Model:
         self.momentum_net = copy.deepcopy(self.net).requires_grad_(False)
         no_drop_path(self.momentum_net)   # stochastic depth is for the student
         for net in (self.net, self.momentum_net):
-            net.to(device, memory_format=layout(device))
+            net.to(device, memory_format=memory_format(device))
             if world > 1:
                 sync_batch_norm(net, device)
             if cfg.compile:
@@ -992,10 +1028,10 @@ def write(value, path):
 
 def save(cfg, models, step, scaler):
     """Write checkpoint.pth, all that resuming needs, and the momentum backbones under timm's names -> None, or a sentence
-    that says why it could not be done. Raises Stop instead of saving weights that are not finite."""
+    that says why it could not be done. Raises UserError instead of saving weights that are not finite."""
     for model in models:
         if not torch.stack(torch._foreach_norm([p.detach() for p in model.params])).isfinite().all():
-            raise Stop(f"step {step - 1}: its update made weights of model {model.i} not finite. The last good checkpoint is kept. "
+            raise UserError(f"step {step - 1}: its update made weights of model {model.i} not finite. The last good checkpoint is kept. "
                        f"Lower the learning rates or use --dtype fp32", code=1)
     try:
         if MAIN:
@@ -1008,24 +1044,24 @@ def save(cfg, models, step, scaler):
         return f"--out {cfg.out}: the checkpoint of step {step} could not be written ({error}); make room there"
 
 def read_checkpoint(path, advice="Delete it to start anew, or give another --out"):
-    """-> the dict that save wrote. Raises Stop where it is none, or damaged."""
+    """-> the dict that save wrote. Raises UserError where it is none, or damaged."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["config"]["seed"], state["step"], state["models"]   # it must have these
         return state
     except Exception as error:
-        raise Stop(f"{path}: damaged, or no checkpoint of this program ({type(error).__name__}). {advice}") from error
+        raise UserError(f"{path}: damaged, or no checkpoint of this program ({type(error).__name__}). {advice}") from error
 
 def refuse_other_settings(path, saved, cfg):
-    """Raise Stop with a list of the settings in which cfg differs from those of a checkpoint, but for those that may change."""
-    now = {f.name: getattr(cfg, f.name) for f in fields(cfg) if not f.metadata["resume"]}
+    """Raise UserError with a list of the settings in which cfg differs from those of a checkpoint, but for those that may change."""
+    now = {f.name: getattr(cfg, f.name) for f in fields(cfg) if not f.metadata["may_differ"]}
     word = lambda value: "unset" if value in (None, "", ()) else value
     differ = [f"--{name} was {word(saved.get(name))}, is {word(value)}" for name, value in now.items() if saved.get(name) != value]
     if differ:
-        raise Stop(f"{path} is of other settings: {'; '.join(differ)}. Give the same, or another --out")
+        raise UserError(f"{path} is of other settings: {'; '.join(differ)}. Give the same, or another --out")
 
 def resume(cfg, models, scaler):
-    """Load --out's checkpoint, if there is one -> its step, else 0. Raises Stop if its settings are others."""
+    """Load --out's checkpoint, if there is one -> its step, else 0. Raises UserError if its settings are others."""
     path = f"{cfg.out}/checkpoint.pth"
     if not os.path.exists(path):
         return 0
@@ -1039,11 +1075,11 @@ def resume(cfg, models, scaler):
 
 def read_losses(window, first):
     """Losses of the steps since the last reading -> their means over steps and processes, by name; here alone does the host wait
-    for the device. Raises Stop where one is not finite."""
+    for the device. Raises UserError where one is not finite."""
     values = mean_over_processes(torch.stack([torch.stack([*losses.values()]) for losses in window])).cpu()
     for row in (~values.isfinite()).any(1).nonzero()[:1, 0].tolist():
         names = ", ".join(name for name, value in zip(window[0], values[row]) if not value.isfinite())
-        raise Stop(f"step {first + row}: {names} not finite. The last good checkpoint is kept. Lower the learning rates, raise "
+        raise UserError(f"step {first + row}: {names} not finite. The last good checkpoint is kept. Lower the learning rates, raise "
                    f"--warmup_epochs or --freeze_last_layer, or use --dtype fp32", code=1)
     return dict(zip(window[0], values.mean(0).tolist()))
 
@@ -1085,7 +1121,7 @@ def log(cfg, record, last=True):
 
 # ----------------------------------------------------------------------------------------------------------- training
 def train(cfg, models, images, val, device, rank, world):
-    """Train to the end, from --out's checkpoint if there is one. Raises Stop, on a signal after writing one."""
+    """Train to the end, from --out's checkpoint if there is one. Raises UserError, on a signal after writing one."""
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16")
     first = step = since = resume(cfg, models, scaler)
     per_epoch = len(images) // cfg.batch_size
@@ -1109,7 +1145,7 @@ def train(cfg, models, images, val, device, rank, world):
             dist.all_reduce(flags)
         unreadable, *stopped = flags.tolist()
         if unreadable > 0.01 * len(images):
-            raise Stop(f"--data {cfg.data}: {unreadable} of {len(images)} images cannot be read, more than 1 %: mend or remove "
+            raise UserError(f"--data {cfg.data}: {unreadable} of {len(images)} images cannot be read, more than 1 %: mend or remove "
                        f"those named above", code=1)
 
         end_of_epoch = step % per_epoch == 0
@@ -1133,12 +1169,12 @@ def train(cfg, models, images, val, device, rank, world):
         if saving:
             failed = save(cfg, models, step, scaler)
             if failed and (any(stopped) or step == steps):
-                raise Stop(f"{failed} and start again", code=1)
+                raise UserError(f"{failed} and start again", code=1)
             if failed:
                 warn(f"{failed}; training goes on")
         if any(stopped):
             number = stops[0] if stopped[0] else stops[1]
-            raise Stop(f"stopped by {number.name} after step {step}; the same command goes on from there", code=128 + number)
+            raise UserError(f"stopped by {number.name} after step {step}; the same command goes on from there", code=128 + number)
         if cfg.knn_every and end_of_epoch and (now.epoch + 1) % cfg.knn_every == 0:
             knn = knn_accuracy([m.momentum_net.backbone for m in models], images, val, cfg, device, rank, world)
             log(cfg, dict(epoch=now.epoch, knn1=knn[0], knn2=knn[1]))
@@ -1220,7 +1256,7 @@ def preview(cfg, images, device):
     try:
         torchvision.utils.save_image(torch.stack(columns, 1).flatten(0, 1), cfg.preview, nrow=len(columns))
     except OSError as error:
-        raise Stop(f"--preview {cfg.preview}: {error}") from error
+        raise UserError(f"--preview {cfg.preview}: {error}") from error
     say(f"wrote {cfg.preview}: {n} images, a row each: 2 global and {cfg.local_crops} local views")
 
 # --------------------------------------------------------------------------------------------------------------- main
@@ -1251,14 +1287,15 @@ class Pixels(nn.Module):   # the demo's baseline
         return x.flatten(1), None
 
 def run(cfg):
-    device, rank, world = set_up(cfg)
+    device, rank, world = join_processes()
+    fill_in_machine(cfg, device, world)
     images, val = get_data(cfg)
     if cfg.preview:
         return preview(cfg, images, device)
     if len(images) < cfg.batch_size:
-        raise Stop(f"--batch_size {cfg.batch_size}: --data {cfg.data} has only {len(images)} images; lower it")
+        raise UserError(f"--batch_size {cfg.batch_size}: --data {cfg.data} has only {len(images)} images; lower it")
     if val is None and (cfg.knn_every or cfg.demo):
-        raise Stop(f"--knn_every: --data {cfg.data} has no val/ with class folders to classify")
+        raise UserError(f"--knn_every: --data {cfg.data} has no val/ with class folders to classify")
     models = build_models(cfg, device, world)
     for m in models:
         size, whole = (sum(p.numel() for p in net.parameters()) / 1e6 for net in (m.net.backbone, m.net))
@@ -1271,7 +1308,7 @@ def run(cfg):
         os.makedirs(cfg.out, exist_ok=True)
         open(f"{cfg.out}/log.jsonl", "a").close()
     except OSError as error:
-        raise Stop(f"--out {cfg.out}: cannot be written to ({error.strerror}); give another folder") from error
+        raise UserError(f"--out {cfg.out}: cannot be written to ({error.strerror}); give another folder") from error
 
     backbones = [m.momentum_net.backbone for m in models]
     knn = functools.partial(knn_accuracy, train=images, val=val, cfg=cfg, device=device, rank=rank, world=world)
@@ -1295,7 +1332,7 @@ def main(argv=None, program="mokd.py", parse=parse_args, run=run):
     """Run a program of this project -> its exit code. What stops it is one sentence, not a traceback."""
     try:
         run(parse(argv))
-    except Stop as stop:
+    except UserError as stop:
         if MAIN or stop.code == 1:
             warn(f"{program}: {stop}")
         return stop.code

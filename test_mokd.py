@@ -734,7 +734,7 @@ def test_a_vit_pools_patches_or_cls():
     ("resnet51", {}, "no such model"), ("vit_small", dict(dept=3), "cannot build"), ("mixer_s16_224", {}, "96 pixels"),
     ("vit_small_patch14_reg4_dinov2", dict(depth=1), "96 pixels")])
 def test_a_model_that_cannot_serve_is_refused(arch, kwargs, word):
-    with pytest.raises(mokd.Stop, match=word) as error:
+    with pytest.raises(mokd.UserError, match=word) as error:
         mokd.build_backbone(arch, kwargs)
     assert arch in str(error.value) and error.value.code == 2
 
@@ -1134,7 +1134,7 @@ def test_sigkill_at_a_random_step_then_resume_repeats_the_run(uninterrupted, tmp
 
 TWO_PROCESSES = """
 import sys, torch, mokd, test_mokd as T
-device, rank, world = mokd.setup_processes()
+device, rank, world = mokd.join_processes()
 cfg = T.config("--drop_path", 0, "--batch_size", 64)
 models = mokd.build_models(cfg, device, world)
 mine = lambda v: v.unflatten(0, (-1, 64))[:, rank * 64 // world:(rank + 1) * 64 // world].flatten(0, 1)
@@ -1261,7 +1261,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     cfg = config("--out", tmp_path)
     models = models_of(cfg)
     models[1].net.mlp_head.mlp[0].weight.data[0, 0] = math.nan
-    with pytest.raises(mokd.Stop, match="model 2"):
+    with pytest.raises(mokd.UserError, match="model 2"):
         mokd.save(cfg, models, 5, torch.amp.GradScaler(enabled=False))
     assert not list(tmp_path.iterdir())
 
@@ -1285,7 +1285,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(uninterrupted, tmp_pa
 
 
 def test_a_batch_that_does_not_divide_by_the_processes_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(mokd, "setup_processes", lambda: (torch.device("cpu"), 0, 3))
+    monkeypatch.setattr(mokd, "join_processes", lambda: (torch.device("cpu"), 0, 3))
     code, message = fail(["--out", tmp_path], capsys)
     assert code == 2 and "--batch_size 8" in message and "3 processes" in message
 

@@ -27,7 +27,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 import eval_knn
 import mokd
 from eval_linear import write, write_results
-from mokd import Stop, flag, say
+from mokd import UserError, flag, say
 
 try:
     from pycocotools import mask as rle
@@ -57,7 +57,7 @@ class Config:
     train_size: tuple = flag((600, 800), "shorter side of a training image, pixels, drawn between the two [A.5]", low=16)
     test_size: int = flag(800, "shorter side of a test image, pixels [A.5]", low=16)
     max_size: int = flag(1333, "longer side at most, pixels [detectron2]", low=16)
-    workers: int = flag(None, "loaders of each process; unset: its share of the cores, at most 16; 1 without a GPU", resume=True)
+    workers: int = flag(None, "loaders of each process; unset: its share of the cores, at most 16; 1 without a GPU", may_differ=True)
 
     iterations: int = flag(180000, "steps [A.5]; 0: evaluate the untrained detector", group="optimization")
     batch_size: int = flag(16, "images of a step, over all processes [A.5]", low=1)
@@ -65,19 +65,19 @@ class Config:
     warmup: int = flag(1000, "steps in which it rises from a thousandth [detectron2]")
     weight_decay: float = flag(1e-4, "weight decay [A.5], never on biases and 1-D parameters")
 
-    out: str = flag("", "folder of results; unset: beside the checkpoint, or runs/coco-ARCH", group="running", resume=True)
+    out: str = flag("", "folder of results; unset: beside the checkpoint, or runs/coco-ARCH", group="running", may_differ=True)
     seed: int = flag(0, "seed of everything that is drawn")
     dtype: str = flag("auto", "of autocast; auto: bf16, else fp16, on a GPU; else fp32", choices=("auto", "bf16", "fp16", "fp32"))
-    log_every: int = flag(20, "steps between log lines", low=1, resume=True)
-    save_every: int = flag(5000, "steps between checkpoints", low=1, resume=True)
+    log_every: int = flag(20, "steps between log lines", low=1, may_differ=True)
+    save_every: int = flag(5000, "steps between checkpoints", low=1, may_differ=True)
 
 def parse(argv=None):
-    """Command line -> Config. Raises Stop."""
+    """Command line -> Config. Raises UserError."""
     cfg = Config(**mokd.read_flags(Config, argv, "extras/eval_coco.py", __doc__.split("\n\n")[0]))
     mokd.check_ranges(cfg)
     eval_knn.check_source(source_of(cfg))
     if cfg.train_size[0] > cfg.train_size[1]:
-        raise Stop("--train_size: give the smaller number first")
+        raise UserError("--train_size: give the smaller number first")
     beside = f"{os.path.dirname(cfg.checkpoint) or '.'}/coco{cfg.model}"
     cfg.out = cfg.out or (beside if cfg.checkpoint else f"runs/coco-{cfg.arch}")
     return cfg
@@ -88,7 +88,7 @@ def source_of(cfg):
 
 # --------------------------------------------------------------------------------------------------------------- data
 def read_annotations(cfg, part):
-    """-> COCO, pycocotools' index, of "train" or "val". Raises Stop where the file is not as it should be."""
+    """-> COCO, pycocotools' index, of "train" or "val". Raises UserError where the file is not as it should be."""
     path = f"{cfg.data}/annotations/instances_{part}2017.json"
     try:
         with contextlib.redirect_stdout(io.StringIO()):   # pycocotools prints
@@ -103,10 +103,10 @@ def read_annotations(cfg, part):
                 raise ValueError(f"annotation {a['id']}: category {a['category_id']}, image {a['image_id']} or its box is wrong")
         return coco
     except OSError as error:
-        raise Stop(f"--data {cfg.data}: {error.filename} cannot be read ({error.strerror}); give a folder like COCO's, with "
+        raise UserError(f"--data {cfg.data}: {error.filename} cannot be read ({error.strerror}); give a folder like COCO's, with "
                    f"train2017/, val2017/ and annotations/") from error
     except Exception as error:   # a file can be broken in many ways
-        raise Stop(f"--data {cfg.data}: {path} is not in COCO's format ({type(error).__name__}: {error})") from error
+        raise UserError(f"--data {cfg.data}: {path} is not in COCO's format ({type(error).__name__}: {error})") from error
 
 def mask_of(segmentation, h, w):
     """Polygons, run lengths or compressed run lengths -> (h, w) uint8."""
@@ -251,11 +251,11 @@ def sync_batch_norm(net, device):
     return net
 
 def build(cfg, classes, device, world=1):
-    """-> MaskRCNN on the backbone that cfg names. Raises Stop."""
+    """-> MaskRCNN on the backbone that cfg names. Raises UserError."""
     (name, backbone), = eval_knn.load_backbones(source_of(cfg)).items()
     strides = [stage["reduction"] for stage in getattr(backbone.model, "feature_info", ())]
     if not isinstance(backbone.model, timm.models.resnet.ResNet) or strides[-4:] != [4, 8, 16, 32]:
-        raise Stop(f"{'--model' if cfg.checkpoint else '--arch'} {name}: give a ResNet with stages of strides 4, 8, 16 and 32")
+        raise UserError(f"{'--model' if cfg.checkpoint else '--arch'} {name}: give a ResNet with stages of strides 4, 8, 16 and 32")
     torch.manual_seed(mokd.seed_of(cfg.seed, "detector"))
     net = MaskRCNN(backbone, classes, cfg).to(device, memory_format=torch.channels_last)
     return sync_batch_norm(net, device) if world > 1 else net
@@ -263,12 +263,12 @@ def build(cfg, classes, device, world=1):
 # --------------------------------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
 def detect(net, images, cfg, device, rank=0, world=1):
-    """-> what net finds on the test images, in COCO's format; all of it on the first process. Raises Stop."""
+    """-> what net finds on the test images, in COCO's format; all of it on the first process. Raises UserError."""
     part, found = torch.utils.data.Subset(images, range(rank, len(images), world)), []
     progress = eval_knn.progress_of("test images", len(part))
     for done, (image, target, readable) in enumerate(mokd.make_loader(part, device, cfg.workers, batch_size=None), 1):
         if not readable:
-            raise Stop(f"--data {cfg.data}: mend the test image named above, for AP counts all of them", code=1)
+            raise UserError(f"--data {cfg.data}: mend the test image named above, for AP counts all of them", code=1)
         with mokd.autocast(device, cfg.dtype):
             y, = net([image.to(device, non_blocking=True)])
         y, size = {k: v.float().cpu() for k, v in y.items()}, target["size"]
@@ -305,7 +305,7 @@ def learning_rate(cfg, step):
     return cfg.lr * cfg.batch_size / 16 * 0.1 ** drops * rise
 
 def train(cfg, net, images, device, rank, world):
-    """Train to the end, from --out's checkpoint if there is one. Raises Stop, on a signal after writing one."""
+    """Train to the end, from --out's checkpoint if there is one. Raises UserError, on a signal after writing one."""
     params = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD([dict(params=[p for p in params if p.dim() > 1], weight_decay=cfg.weight_decay),
                                  dict(params=[p for p in params if p.dim() < 2])], lr=0.0, momentum=0.9, foreach=True)
@@ -349,14 +349,14 @@ def train(cfg, net, images, device, rank, world):
         if world > 1:   # all processes stop at one step
             dist.all_reduce(flags)
         if flags[0] > 0.01 * max(len(images), (step - first) * cfg.batch_size):
-            raise Stop(f"--data {cfg.data}: more than 1 % of the training images cannot be read: mend those named above", code=1)
+            raise UserError(f"--data {cfg.data}: more than 1 % of the training images cannot be read: mend those named above", code=1)
         stopped = [s for s, flag in zip(stops, flags[1:].tolist()) if flag]
         saving = stopped or step % cfg.save_every == 0 or step == cfg.iterations
         if saving or step % cfg.log_every == 0:
             values, now = mokd.mean_over_processes(torch.stack(window)).cpu(), time.time()
             for row in (~values.isfinite()).any(1).nonzero()[:1, 0].tolist():
                 names = ", ".join(name for name, value in zip(losses, values[row]) if not value.isfinite())
-                raise Stop(f"step {since + row}: {names} not finite. The last good checkpoint is kept. Lower --lr, raise "
+                raise UserError(f"step {since + row}: {names} not finite. The last good checkpoint is kept. Lower --lr, raise "
                            f"--warmup, or use --dtype fp32", code=1)
             record = dict(step=step, steps=cfg.iterations) | dict(zip(losses, values.mean(0).tolist()))
             seconds_left = (now - start) / (step - first) * (cfg.iterations - step)
@@ -366,32 +366,33 @@ def train(cfg, net, images, device, rank, world):
             window, since, clock = [], step, now
         if saving:
             if not torch.stack(torch._foreach_norm([p.detach() for p in params])).isfinite().all():
-                raise Stop(f"step {step - 1}: weights not finite after it. The last good checkpoint is kept; lower --lr", code=1)
+                raise UserError(f"step {step - 1}: weights not finite after it. The last good checkpoint is kept; lower --lr", code=1)
             models = [net.state_dict(), optimizer.state_dict()]
             write(cfg, dict(config=asdict(cfg), step=step, scaler=scaler.state_dict(), models=models), path)
         if stopped:
-            raise Stop(f"stopped by {stopped[0].name} after step {step}; the same command goes on from there", 128 + stopped[0])
+            raise UserError(f"stopped by {stopped[0].name} after step {step}; the same command goes on from there", 128 + stopped[0])
     for s in stops:   # what follows begins anew from the last checkpoint
         signal.signal(s, signal.SIG_DFL)
 
 # --------------------------------------------------------------------------------------------------------------- main
 def run(cfg):
     if rle is None:
-        raise Stop("pycocotools is missing: pip install -r extras/requirements.txt")
-    device, rank, world = mokd.set_up(cfg)
+        raise UserError("pycocotools is missing: pip install -r extras/requirements.txt")
+    device, rank, world = mokd.join_processes()
+    mokd.fill_in_machine(cfg, device, world)
     torch.backends.cudnn.benchmark = False   # it would try all kernels at each new size of an image
     images, val = Images(read_annotations(cfg, "train"), cfg, "train"), read_annotations(cfg, "val")
     categories = sorted(val.cats)
     if categories != images.categories or not val.anns:
-        raise Stop(f"--data {cfg.data}: val2017 has other categories than train2017, or no annotations")
+        raise UserError(f"--data {cfg.data}: val2017 has other categories than train2017, or no annotations")
     if len(images) < cfg.batch_size:
-        raise Stop(f"--batch_size {cfg.batch_size}: train2017 has only {len(images)} images with objects; lower it")
+        raise UserError(f"--batch_size {cfg.batch_size}: train2017 has only {len(images)} images with objects; lower it")
     net = build(cfg, len(categories), device, world)
     try:
         os.makedirs(cfg.out, exist_ok=True)
         open(f"{cfg.out}/log.jsonl", "a").close()
     except OSError as error:
-        raise Stop(f"--out {cfg.out}: cannot be written to ({error.strerror}); give another folder") from error
+        raise UserError(f"--out {cfg.out}: cannot be written to ({error.strerror}); give another folder") from error
     say(f"{len(images):,} training images with objects, {len(val.imgs):,} test images, {len(categories)} categories; "
         f"{cfg.iterations:,} steps of {cfg.batch_size}; {world} process{'es' * (world > 1)} on {device.type}, {cfg.dtype}")
     train(cfg, net, images, device, rank, world)

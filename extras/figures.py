@@ -22,7 +22,7 @@ from torch.utils.data import Subset, default_collate
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))   # the repository, where mokd.py lies
 import mokd   # noqa: E402
 from eval_knn import Source, check_source, labels_of, load_backbones, progress_of   # noqa: E402
-from mokd import Stop, flag, say, warn   # noqa: E402
+from mokd import UserError, flag, say, warn   # noqa: E402
 
 WORDS = dict(default=("",), nargs="+", low="", high=chr(sys.maxunicode))   # a flag of words: all lie between these two
 
@@ -41,21 +41,21 @@ class Config(Source):
     dtype = "fp32"   # no flag: a figure needs no speed
 
 def parse(argv=None):
-    """The command line, a figure's name first -> Config with .figure, and .names of the runs. Raises Stop."""
+    """The command line, a figure's name first -> Config with .figure, and .names of the runs. Raises UserError."""
     figure, *argv = (sys.argv[1:] if argv is None else argv) or [""]
     if figure not in (*FIGURES, "-h", "--help"):
-        raise Stop(f"'{figure}' is no figure: the first word must be one of {', '.join(FIGURES)}")
+        raise UserError(f"'{figure}' is no figure: the first word must be one of {', '.join(FIGURES)}")
     program, argv = (figure, argv) if figure in FIGURES else ("FIGURE", ["-h"])
     given = mokd.read_flags(Config, argv, f"extras/figures.py {program}", __doc__.split("\n\n")[0])
     cfg = Config(**dict(checkpoint=(), log=()) | given)
     if figure == "curves" and not cfg.log:
-        raise Stop("curves: give --log FILE ...")
+        raise UserError("curves: give --log FILE ...")
     if figure == "crops" and len(cfg.checkpoint) != 1:
-        raise Stop("crops: give one --checkpoint FILE, the run whose views to show")
+        raise UserError("crops: give one --checkpoint FILE, the run whose views to show")
     files = cfg.log if figure == "curves" else check_source(cfg).checkpoint
     cfg.figure, cfg.names = figure, [os.path.basename(os.path.dirname(os.path.abspath(file))) for file in files] or [cfg.arch]
     if len({*cfg.names}) < len(cfg.names):
-        raise Stop(f"{' '.join(files)}: a run is called by its folder, and two are called alike: rename one")
+        raise UserError(f"{' '.join(files)}: a run is called by its folder, and two are called alike: rename one")
     cfg.out = re.sub(r"\.(png|pdf|npz)$", "", cfg.out) or os.path.join(os.path.dirname([*files, ""][0]), figure)
     return cfg
 
@@ -78,7 +78,7 @@ def look(backbones, images, rows, cfg, device, what):
     features, labels = mokd.extract_features([b.to(device) for b in backbones], views, device, cfg.batch_size, cfg.workers,
                                              progress=progress_of(what, len(rows)))
     if not (labels >= 0).any():
-        raise Stop(f"--data {cfg.data}: none of {len(rows)} images can be read", code=1)
+        raise UserError(f"--data {cfg.data}: none of {len(rows)} images can be read", code=1)
     return [f.float().cpu() for f in features], labels.cpu()
 
 def relative(features, anchors):
@@ -104,9 +104,9 @@ def tsne(cfg, device):
     rows = torch.cat([order[labels[order] == c][:cfg.per_class] for c in classes])
     others = order[~torch.isin(order, rows)][:cfg.anchors]
     if len(others) < 2:
-        raise Stop(f"--per_class {cfg.per_class}: leaves no images of --data {cfg.data} as anchors; lower it")
+        raise UserError(f"--per_class {cfg.per_class}: leaves no images of --data {cfg.data} as anchors; lower it")
     if cfg.perplexity >= len(rows):
-        raise Stop(f"--perplexity {cfg.perplexity:g}: must be less than the number of images, {len(rows)}; lower it")
+        raise UserError(f"--perplexity {cfg.perplexity:g}: must be less than the number of images, {len(rows)}; lower it")
     (fig, axes), numbers = panels(1, len(runs), 4.5, 4.5), dict(images=rows.numpy(), anchors=others.numpy())
     names = getattr(images, "classes", None) or range(int(there.max()) + 1)
     colors = matplotlib.colormaps["tab10" if len(classes) <= 10 else "nipy_spectral"].resampled(len(classes))
@@ -146,13 +146,13 @@ def attention_of(module, x, output, prefix):
 
     CLS and other prefix tokens are left out as queries and as keys, and a query's attention to patches is scaled to sum 1: the
     softmax over patches alone. timm's fused attention hands out no weights, so they are computed once more; that they make the
-    same output shows that they are the module's. Raises Stop where they do not."""
+    same output shows that they are the module's. Raises UserError where they do not."""
     q, k, v = module.qkv(x).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)   # (B, heads, N, d)
     logits = module.q_norm(q) * module.scale @ module.k_norm(k).mT
     y = (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)
     y = module.proj(module.norm(y) if hasattr(module, "norm") else y)
     if (y - output).abs().max() > 1e-3 * output.abs().max():
-        raise Stop("its attention is more than softmax(q k^T / sqrt(d)) v")
+        raise UserError("its attention is more than softmax(q k^T / sqrt(d)) v")
     return logits[..., prefix:, prefix:].softmax(-1)
 
 def of_layers(backbone, size):
@@ -161,7 +161,7 @@ def of_layers(backbone, size):
     side = math.isqrt(backbone.num_tokens)
     def read(module, x, output):
         if x.dim() != 3 or x.shape[1] != backbone.prefix + side ** 2:
-            raise Stop("its attention is not between all patches")
+            raise UserError("its attention is not between all patches")
         apart = distances(side, side, size, x.device)
         found = mean_distance(attention_of(module, x, output, backbone.prefix), apart)
         return torch.cat([found, apart.mean().expand(len(x), 1)], 1)
@@ -181,7 +181,7 @@ def of_stages(backbone, size):
     """-> {name: module} of the stages that timm lists, and read(module, x, output) -> (B, 2), of_map of each image."""
     def read(module, x, output):
         if not isinstance(output, torch.Tensor) or output.dim() != 4:
-            raise Stop("its stages give tokens, no maps")
+            raise UserError("its stages give tokens, no maps")
         maps = output.movedim(-1, 1) if getattr(backbone.model, "output_fmt", "NCHW") == "NHWC" else output
         return torch.stack([of_map(Z, size) for Z in maps])
     modules, info = dict(backbone.model.named_modules()), getattr(backbone.model, "feature_info", None) or []
@@ -189,7 +189,7 @@ def of_stages(backbone, size):
 
 def measure(cfg, device, what):
     """A panel a model of a run: a dot a head of a layer, or a stage; a line their mean. what(backbone, size) says which modules
-    to hook and what to read there. A model of another kind is left out. Raises Stop if there is no other."""
+    to hook and what to read there. A model of another kind is left out. Raises UserError if there is no other."""
     (runs, images), numbers, found = load(cfg), {}, {}
     drawn = draw(images, cfg.images or 128, cfg.seed, "images")
     for run, model in ((run, model) for run in runs for model in runs[run]):
@@ -198,15 +198,15 @@ def measure(cfg, device, what):
         hooks = [m.register_forward_hook(lambda m, x, y, rows=rows: rows[m].append(read(m, x[0], y).cpu())) for m in rows]
         try:
             if not rows:
-                raise Stop("it has no such layers")
+                raise UserError("it has no such layers")
             _, labels = look([runs[run][model]], images, drawn, cfg, device, f"{run} {model}")
             found[run, model] = [*modules], torch.stack([torch.cat(r)[labels >= 0] for r in rows.values()], 1).numpy()
-        except Stop as stop:
+        except UserError as stop:
             warn(f"{cfg.figure}: skipped {model} of {run}: {stop}")
         for hook in hooks:
             hook.remove()
     if not found:
-        raise Stop(f"{cfg.figure}: no model is left; give --checkpoint or --arch of a {'ViT' if what is of_layers else 'CNN'}")
+        raise UserError(f"{cfg.figure}: no model is left; give --checkpoint or --arch of a {'ViT' if what is of_layers else 'CNN'}")
     fig, axes = panels(1, len(found), 4, 4, sharey=True)
     for ax, ((run, model), (names, pixels)) in zip(axes[0], found.items()):   # pixels (images, layers, heads + 1)
         mean, deviation, uniform = pixels[..., :-1].mean(0), pixels[..., :-1].std(0), pixels[0, :, -1]
@@ -249,7 +249,7 @@ PANELS = {"loss": ["loss"], "self-distillation": ["sm", "st"], "cross-distillati
           "learning rate": ["lr"], "k-NN top-1, %": ["knn"]}
 
 def read_log(file):
-    """log.jsonl -> {name: {step: value}}. Of a step that a resumed run did again, the last record counts. Raises Stop."""
+    """log.jsonl -> {name: {step: value}}. Of a step that a resumed run did again, the last record counts. Raises UserError."""
     names, table, step = [f"{name}{i}" for group in PANELS.values() for name in group for i in "12"], {}, 0
     try:
         for line in open(file):
@@ -258,9 +258,9 @@ def read_log(file):
             for name in (name for name in names if name in record):
                 table.setdefault(name, {})[step] = record[name]
     except (OSError, ValueError, AttributeError) as error:
-        raise Stop(f"--log {file}: no log.jsonl of mokd.py, or damaged after step {step} ({error})") from error
+        raise UserError(f"--log {file}: no log.jsonl of mokd.py, or damaged after step {step} ({error})") from error
     if not table:
-        raise Stop(f"--log {file}: holds no losses of mokd.py")
+        raise UserError(f"--log {file}: holds no losses of mokd.py")
     return {name: dict(sorted(table[name].items())) for name in table}
 
 def curves(cfg, device):
@@ -291,21 +291,22 @@ def panels(rows, columns, width, height, **options):
 def run(cfg):
     for package in ["matplotlib"] + ["sklearn"] * (cfg.figure == "tsne"):
         if importlib.util.find_spec(package) is None:
-            raise Stop(f"{cfg.figure} needs {package}, which is missing: pip install -r extras/requirements.txt")
-    device, _, world = mokd.set_up(cfg)
+            raise UserError(f"{cfg.figure} needs {package}, which is missing: pip install -r extras/requirements.txt")
+    device, _, world = mokd.join_processes()
+    mokd.fill_in_machine(cfg, device, world)
     if world > 1:
-        raise Stop("one process draws a figure: start it without torchrun")
+        raise UserError("one process draws a figure: start it without torchrun")
     try:   # before minutes are spent
         os.makedirs(os.path.dirname(cfg.out) or ".", exist_ok=True)
     except OSError as error:
-        raise Stop(f"--out {cfg.out}: {error.strerror}; give another name") from error
+        raise UserError(f"--out {cfg.out}: {error.strerror}; give another name") from error
     fig, numbers = FIGURES[cfg.figure](cfg, device)
     try:
         for kind in ("png", "pdf"):
             fig.savefig(f"{cfg.out}.{kind}", dpi=200)
         np.savez(f"{cfg.out}.npz", **numbers)
     except OSError as error:
-        raise Stop(f"--out {cfg.out}: cannot be written ({error}); give another name", code=1) from error
+        raise UserError(f"--out {cfg.out}: cannot be written ({error}); give another name", code=1) from error
     say(f"wrote {cfg.out}.png, {cfg.out}.pdf and the numbers behind them, {cfg.out}.npz")
 
 if __name__ == "__main__":

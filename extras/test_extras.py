@@ -181,7 +181,7 @@ def test_attention_that_does_more_than_softmax_is_not_shown():
     attention, x = timm.models.vision_transformer.Attention(8, 2), torch.randn(2, 5, 8)
     y = attention(x)
     assert figures.attention_of(attention, x, y, 1).shape == (2, 2, 4, 4)
-    with pytest.raises(mokd.Stop, match="more than softmax"):
+    with pytest.raises(mokd.UserError, match="more than softmax"):
         figures.attention_of(attention, x, 1.01 * y, 1)
 
 
@@ -460,7 +460,7 @@ def test_a_missing_package_is_named_with_what_installs_it(package, figure, runs,
 
 
 def test_one_process_draws(runs, monkeypatch, capsys):
-    monkeypatch.setattr(mokd, "setup_processes", lambda: (torch.device("cpu"), 0, 2))
+    monkeypatch.setattr(mokd, "join_processes", lambda: (torch.device("cpu"), 0, 2))
     assert "without torchrun" in refused(["crops", "--checkpoint", runs / "mokd" / "checkpoint.pth"], capsys)
 
 
@@ -635,7 +635,7 @@ SYNC = """
 import sys, torch, torch.nn as nn, mokd
 sys.path.insert(0, "extras")
 import eval_coco
-device, rank, world = mokd.setup_processes()
+device, rank, world = mokd.join_processes()
 torch.manual_seed(0)
 xs = torch.randn(2, 3, 5, 6) * 2 + 1, torch.randn(4, 3, 2, 3)   # another number and size of maps for each process
 net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))
