@@ -1508,6 +1508,8 @@ def sentence_for(error):
                 "--grad_checkpointing, fewer --local_crops, a lower --out_dim")
     if "DataLoader worker" in text and ("killed" in text or "exited" in text):
         return f"a loader process is gone, perhaps because memory ran out: try fewer --workers ({text})"
+    if "Expected more than 1 value per channel" in text:
+        return "batch norm needs more than one value: raise --batch_size or the sizes of views"
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         return "out of memory: lower --batch_size, --workers or --out_dim"
     return None

@@ -1367,6 +1367,374 @@ def test_a_demo_ends_with_its_table(tmp_path, monkeypatch, capsys):
     assert "raw pixels" in table[1] and re.search(r"resnet18 +\d+\.\d +\d+\.\d", table[2]) and "vit_tiny" in table[3]
 
 
+# ------------------------------------------------------------------------ nothing hangs, nothing is lost, nothing is silent
+
+def test_every_equation_is_named_in_one_comment_and_files_keep_their_width():
+    with open(os.path.join(HERE, "mokd.py")) as f:
+        source = f.read()
+    for number in range(1, 10):
+        assert len(re.findall(rf"eq\. \({number}\)", source)) == 1, number
+    for folder in (HERE, os.path.join(HERE, "extras")):
+        for file in sorted(os.listdir(folder)):
+            if file.endswith(".py"):
+                with open(os.path.join(folder, file)) as f:
+                    wide = [i for i, line in enumerate(f, 1) if len(line.rstrip("\n")) > 110]
+                assert not wide, (file, wide[:5])
+
+
+def test_a_new_loss_on_pooled_features_trains_the_backbone_and_not_its_partner():
+    cfg = config("--drop_path", 0)
+    models = models_of(cfg)
+    for m in models:
+        _, _, Z = m.n(views_of(cfg), now_of(cfg))
+        Z.pooled.pow(2).mean().backward()
+        assert all(p.grad is not None for p in m.net.backbone.parameters() if p.requires_grad)
+        assert all(p.grad is None for p in m.net.mlp_head.parameters())
+
+
+def test_a_module_added_to_net_is_trained_and_every_parameter_is_in_one_group(monkeypatch):
+    class More(mokd.Net):
+        def __init__(self, backbone, cfg):
+            super().__init__(backbone, cfg)
+            self.more = nn.Linear(backbone.dim, backbone.dim)
+
+        def forward(self, x):
+            m, t, Z = super().forward(x)
+            return m + self.more(Z.pooled).mean(-1).unflatten(0, m.shape[:2])[..., None] * m, t, Z
+    monkeypatch.setattr(mokd, "Net", More)
+    cfg = config()
+    for m in (models := models_of(cfg)):
+        groups = [id(p) for o in m.optimizers for group in o.param_groups for p in group["params"]]
+        assert sorted(groups) == sorted(id(p) for p in m.params if p.requires_grad)
+    before = [m.net.more.weight.clone() for m in models]
+    mokd.train_step(*models, views_of(cfg), cfg, now_of(cfg))
+    assert not any(torch.equal(m.net.more.weight, w) for m, w in zip(models, before))
+
+
+def test_release_rises_one_step_sooner_and_starts_cls_wide():
+    paper, release = (mokd.parse_args(["--recipe", recipe]) for recipe in ("paper", "release"))
+    expected = np.linspace(0, 0.1, 50)   # as the released code makes its warm-up of 10 epochs of 5 steps
+    assert [mokd.schedule(release, s, 5).lr["cnn"] for s in range(50)] == pytest.approx(list(expected))
+    assert [mokd.schedule(paper, s, 5).lr["cnn"] for s in range(50)] == pytest.approx(list(0.1 * np.arange(50) / 50))
+    stds = [models_of(config("--recipe", r, "--t_dim", 24))[1].net.backbone.model.cls_token.std() for r in ("paper", "release")]
+    assert stds[0] < 1e-5 and 0.01 < stds[1] < 0.04
+
+
+def test_release_decays_1d_parameters_of_a_cnns_t_head_alone():
+    for m in models_of(config("--recipe", "release", "--t_dim", 24)):
+        for name, p in m.net.named_parameters():
+            decays = [g["decays"] for o in m.optimizers for g in o.param_groups for q in g["params"] if q is p]
+            if p.requires_grad:
+                assert decays == [p.dim() > 1 or (m.family == "cnn" and name.startswith("t_head."))], name
+
+
+def test_losses_are_read_as_names():
+    """No loss but st and ct needs a T-Head, whatever letters the others have."""
+    assert models_of(config("--losses", "sm,cm"))[0].t is None and models_of(config("--losses", "sm,ct"))[0].t is not None
+
+
+class Broken(torch.utils.data.Dataset):
+    """A data set with a bug of its own, in one image."""
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, i):
+        if i == 40:
+            raise ZeroDivisionError("a bug of the data set")
+        return torch.zeros(3, 20, 20, dtype=torch.uint8), 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_data_sets_own_error_is_no_unreadable_image_and_leaves_no_process(workers, tmp_path):
+    script = tmp_path / "broken.py"
+    script.write_text(f"""
+import sys; sys.path.insert(0, {HERE!r})
+import mokd, test_mokd as T
+mokd.get_data = lambda cfg: (T.Broken(), None)
+sys.exit(mokd.main([*T.SMALL, *T.PAIR, "--workers", "{workers}", "--out", {str(tmp_path / "o")!r}]))
+""")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 1 and "a bug of the data set" in done.stderr and "skipped" not in done.stderr
+
+
+def children_of(pid):
+    """Processes whose parent is pid."""
+    found = []
+    for name in os.listdir("/proc"):
+        try:
+            with open(f"/proc/{name}/stat") as f:
+                if name.isdigit() and int(f.read().rsplit(")", 1)[1].split()[1]) == pid:
+                    found.append(int(name))
+        except OSError:
+            pass
+    return found
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as f:
+            return f.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def until(condition, seconds=60):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks for processes in /proc")
+@pytest.mark.parametrize("victim", ["worker", "parent"])
+def test_a_killed_worker_ends_the_run_and_a_killed_run_ends_its_workers(victim, uninterrupted, tmp_path):
+    _, data, _ = uninterrupted
+    process = start(tmp_path, *short(data), "--epochs", 1000, "--workers", 2)
+    until(lambda: (tmp_path / "checkpoint.pth").exists())
+    workers = children_of(process.pid)
+    assert len(workers) >= 2
+    os.kill(workers[0] if victim == "worker" else process.pid, signal.SIGKILL)
+    _, stderr = process.communicate(timeout=60)
+    if victim == "worker":
+        assert process.returncode == 1 and "--workers" in stderr and "Traceback" not in stderr, stderr
+    until(lambda: not any(map(alive, workers)), 30)
+    assert mokd.read_checkpoint(f"{tmp_path}/checkpoint.pth")["step"] > 0
+
+
+def test_training_processes_end_when_torchrun_is_killed(tmp_path):
+    process = start(tmp_path, *VITS, "--epochs", 1000, "--save_every", 1, "--data", "toy", "--batch_size", 64, nproc=2)
+    until(lambda: (tmp_path / "checkpoint.pth").exists(), 120)
+    ranks = children_of(process.pid)
+    process.kill()
+    until(lambda: not any(map(alive, ranks)), 60)
+    process.communicate()
+    assert mokd.read_checkpoint(f"{tmp_path}/checkpoint.pth")["step"] > 0
+
+
+def test_weights_are_written_before_the_checkpoint(tmp_path, monkeypatch):
+    cfg, written = config("--out", tmp_path), []
+    monkeypatch.setattr(mokd, "write", lambda value, path: written.append(os.path.basename(path)))
+    mokd.save(cfg, models_of(cfg), 3, torch.amp.GradScaler(enabled=False), 10)
+    assert written == ["model1.pth", "model2.pth", "checkpoint.pth"]
+
+
+@pytest.fixture
+def finished(uninterrupted, tmp_path):
+    """A copy of a whole run, which a test may change -> (its folder, its data)."""
+    out, data, _ = uninterrupted
+    for file in out.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path, data
+
+
+def again(finished, *args):
+    out, data = finished
+    return mokd.main([*SMALL, *PAIR, "--out", str(out), *map(str, short(data)), *map(str, args)])
+
+
+def test_rates_warmup_clipping_and_dtype_may_differ_on_resume_and_are_said(finished, capsys):
+    assert again(finished, "--cnn_lr", 0.5, "--warmup_epochs", 1, "--clip_grad", 1, "--epochs", 2, "--dtype", "bf16") == 0
+    text = capsys.readouterr().out
+    for words in ("--cnn_lr was 1.0, is 0.5", "--warmup_epochs was 0, is 1", "--clip_grad was 3.0", "--dtype was fp32, is bf16"):
+        assert words in text
+
+
+def test_a_resumed_run_takes_the_new_rate(uninterrupted, tmp_path):
+    whole, data, _ = uninterrupted
+    state = torch.load(whole / "checkpoint.pth", weights_only=True)
+    cfg = config("--cnn_lr", 7)
+    models = models_of(cfg)
+    models[0].load_state(state["model1"])
+    mokd.train_step(*models, views_of(cfg), cfg, now_of(cfg))
+    assert models[0].optimizers[0].param_groups[0]["lr"] == pytest.approx(now_of(cfg).lr["cnn"]) and now_of(cfg).lr["cnn"] > 0.2
+
+
+def test_a_checkpoint_from_before_a_setting_existed_takes_its_default(finished, capsys):
+    out, _ = finished
+    state = torch.load(out / "checkpoint.pth", weights_only=True)
+    del state["config"]["t_norm"]
+    torch.save(state, out / "checkpoint.pth")
+    assert again(finished) == 0
+    assert again(finished, "--t_norm", "on") == 2 and "--t_norm was False" in capsys.readouterr().err
+
+
+def test_another_number_of_images_is_refused(finished, capsys):
+    out, data = finished
+    (out / "more" / "c").mkdir(parents=True)
+    for file in sorted(data.glob("*/*.jpg"))[:13]:
+        (out / "more" / "c" / f"{file.parent.name}{file.name}").write_bytes(file.read_bytes())
+    assert again((out, out / "more"), "--data", out / "more") == 2
+    assert "--data was" in capsys.readouterr().err   # another folder is another setting; the same folder with fewer images:
+    state = torch.load(out / "checkpoint.pth", weights_only=True)
+    torch.save(state | {"images": 23}, out / "checkpoint.pth")
+    assert again(finished) == 2 and "had 23 images, now 24" in capsys.readouterr().err
+
+
+def test_one_flipped_bit_and_a_file_that_cannot_be_read_are_told_apart(finished, capsys, monkeypatch):
+    out, _ = finished
+    content = bytearray((out / "checkpoint.pth").read_bytes())
+    content[len(content) // 2] ^= 1
+    (out / "checkpoint.pth").write_bytes(content)
+    assert again(finished) == 2 and "check sum" in capsys.readouterr().err
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(mokd.zipfile, "ZipFile", denied)
+    assert again(finished) == 2
+    message = capsys.readouterr().err
+    assert "Permission denied" in message and "Delete" not in message and "damaged" not in message
+
+
+def test_a_checkpoint_whose_optimizer_state_has_other_shapes_is_refused(finished, capsys):
+    out, _ = finished
+    state = torch.load(out / "checkpoint.pth", weights_only=True)
+    for moments in state["model2"]["optimizers"][0]["state"].values():
+        moments["exp_avg"] = moments["exp_avg"].flatten()[:1].clone().expand(3).contiguous()
+    torch.save(state, out / "checkpoint.pth")
+    assert again(finished) == 2 and "does not fit" in capsys.readouterr().err
+
+
+def test_processes_that_find_other_checkpoints_are_refused(finished, monkeypatch):
+    out, data = finished
+    cfg = mokd.parse_args([*SMALL, *PAIR, "--out", str(out), *map(str, short(data))])
+    cfg.dtype, cfg.workers, cfg.lambda1, cfg.lambda2 = "fp32", 0, 1.0, 0.1
+    real = mokd.gather
+    monkeypatch.setattr(mokd, "gather", lambda x, n: torch.cat([real(x, n), torch.zeros_like(x)]))   # the other found none
+    with pytest.raises(mokd.UserError, match="share this folder"):
+        mokd.find_checkpoint(cfg, 24)
+
+
+def test_a_torn_last_line_of_the_log_is_closed_and_knn_is_made_again(finished, folder, capsys):
+    out, _ = finished
+    with open(out / "log.jsonl", "a") as f:
+        f.write('{"epoch": 1, "kn')
+    assert again(finished) == 0
+    with open(out / "log.jsonl") as f:
+        assert f.read().endswith('"kn\n')
+    args = ["--data", folder, "--out", out / "2", "--batch_size", 8, "--knn_every", 1]
+    assert fail(args, capsys)[0] == 0
+    with open(out / "2" / "log.jsonl") as f:
+        lines = f.read().splitlines(True)
+    assert "knn1" in lines[-1]
+    (out / "2" / "log.jsonl").write_text("".join(lines[:-1]))   # as a kill during k-NN leaves it
+    assert fail(args, capsys)[0] == 0
+    with open(out / "2" / "log.jsonl") as f:
+        assert f.read().splitlines(True)[-1] == lines[-1]
+
+
+def test_unlike_class_folders_are_refused_before_knn(folder, tmp_path, capsys):
+    (folder / "val" / "b").rename(folder / "val" / "c")
+    code, message = fail(["--data", folder, "--knn_every", 1, "--out", tmp_path / "o"], capsys)
+    assert code == 2 and "same class folders" in message and "b is in one alone" in message.replace("\n", " ")
+
+
+def test_an_image_counts_once_whoever_met_it(monkeypatch, capsys):
+    watch = mokd.Watch(list(range(300)), "x")
+    try:
+        others = []   # what the other process of two has met
+        monkeypatch.setattr(mokd, "sum_over_processes", lambda x: x + others.pop(0))
+        met = torch.zeros(300, dtype=torch.int32)
+        met[7] = 1
+        others += [torch.tensor([1, 0, 0]), met]
+        assert watch.after_step([5, -1], ["torn", ""]) is None and watch.unreadable == {5, 7}
+        others += [torch.tensor([0, 0, 0])]
+        assert watch.after_step([7], ["torn"]) is None   # now this process meets what the other had met
+        assert capsys.readouterr().err.count("skipped") == 1
+        others += [torch.tensor([0, 1, 0])]
+        assert watch.after_step() == signal.SIGTERM   # which came to the other
+        others += [torch.tensor([1, 0, 0]), torch.ones(300, dtype=torch.int32)]
+        with pytest.raises(mokd.UserError, match="300 of 300"):
+            watch.after_step()
+    finally:
+        watch.end()
+
+
+def test_features_that_are_not_finite_and_many_unreadable_images_stop_the_evaluation():
+    toy = torch.utils.data.TensorDataset(*mokd.draw_toy(16, "few"))
+    backbone = models_of(config())[0].net.backbone
+    backbone.model.conv1.weight.data[:] = math.nan
+    with pytest.raises(mokd.UserError, match="not finite"):
+        mokd.extract_features([backbone], mokd.EvalView(toy, 32), torch.device("cpu"))
+
+    class Bad(Broken):
+        def __getitem__(self, i):
+            raise OSError("torn")
+    with pytest.raises(mokd.UserError, match="64 of 64"):
+        mokd.extract_features([mokd.Pixels()], mokd.EvalView(Bad(), 32), torch.device("cpu"))
+
+
+def test_a_picture_of_one_row_takes_no_memory_in_evaluation():
+    class Row(Broken):
+        def __getitem__(self, i):
+            return torch.zeros(3, 1, 65_500, dtype=torch.uint8), 0
+    view, label = mokd.EvalView(Row(), 224)[0]
+    assert view.shape == (3, 224, 224) and label == 0
+
+
+@pytest.mark.parametrize("error, words", [
+    (torch.cuda.OutOfMemoryError("CUDA out of memory"), "--grad_checkpointing"), (MemoryError(), "out of memory"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"), "--batch_size"),
+    (RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."), "--workers"),
+    (ValueError("Expected more than 1 value per channel when training, got input size [1, 8, 1, 1]"), "batch norm"),
+    (KeyboardInterrupt(), "SIGINT")])
+def test_what_the_machine_cannot_do_is_one_sentence(error, words, capsys):
+    def run(cfg):
+        raise error
+    assert mokd.main([], run=run) in (1, 130)
+    message = capsys.readouterr().err
+    assert words in message and message.count("\n") == 1
+
+
+def test_compile_without_a_compiler_and_data_without_train_are_refused(folder, monkeypatch, capsys):
+    (folder / "train").rename(folder / "training")
+    code, message = fail(["--data", folder], capsys)
+    assert code == 2 and "has val/ but no train/" in message
+    monkeypatch.setattr(mokd.shutil, "which", lambda name: None)
+    code, message = fail(["--compile"], capsys)
+    assert code == 2 and "--compile" in message and "gcc" in message
+
+
+@pytest.mark.parametrize("flag, close", [("--lr", "--cnn_lr, --vit_lr"), ("--batchsize", "--batch_size"), ("--k", "--knn_k")])
+def test_an_unknown_flag_gets_a_suggestion(flag, close, capsys):
+    with pytest.raises(SystemExit) as error:
+        mokd.parse_args([flag, "1"])
+    assert error.value.code == 2 and close in capsys.readouterr().err
+
+
+def test_init_takes_files_of_dino_moco_and_the_released_code(tmp_path, capsys):
+    cfg = config()
+    cnn, vit = [m.net.backbone.model.state_dict() for m in models_of(cfg)]
+
+    def named(state, prefix):
+        return {prefix + name: w + 1 if w.is_floating_point() else w for name, w in state.items()}
+    files = {"full dino": dict(teacher=named(vit, "backbone."), student={}, args=argparse.Namespace(arch="vit_tiny"), epoch=9),
+             "released code": dict(teacher_vit=named(vit, "backbone."), teacher_cnn=named(cnn, "backbone."), epoch=3),
+             "moco v3": dict(state_dict=named(vit, "module.momentum_encoder.") | named(vit, "module.predictor."), arch="vit")}
+    for name, content in files.items():
+        torch.save(content, tmp_path / "w.pth")
+        m = models_of(config("--init2", tmp_path / "w.pth"))[1]
+        assert torch.equal(m.net.backbone.model.patch_embed.proj.weight, vit["patch_embed.proj.weight"] + 1), name
+    torch.save(dict(state_dict=named(cnn, "module.encoder_q.") | dict(queue=torch.ones(3)), epoch=1), tmp_path / "w.pth")
+    for init in (tmp_path / "w.pth",):   # MoCo v1 and v2
+        assert torch.equal(models_of(config("--init1", init))[0].net.backbone.model.conv1.weight, cnn["conv1.weight"] + 1)
+    torch.save(dict(config={}, step=3, model1={}), tmp_path / "w.pth")
+    code, message = fail(["--init1", tmp_path / "w.pth", "--out", tmp_path / "o"], capsys)
+    assert code == 2 and "model1.pth" in message
+
+
+def test_grad_checkpointing_gives_the_same_losses_and_gradients():
+    results = []
+    for value in ("off", "on"):
+        cfg = config("--grad_checkpointing", value, "--drop_path", 0)
+        models = models_of(cfg)
+        results.append((*gradients_of_step(cfg, models, views_of(cfg), now_of(cfg)),
+                        [models[0].net.backbone.model.bn1.running_mean.clone(), models[0].net.backbone.model.layer1[0].bn1.running_mean]))
+    (losses, grads, statistics), (losses_again, grads_again, statistics_again) = results
+    assert losses == losses_again and grads.keys() == grads_again.keys()
+    assert all(close(grads_again[key], grads[key], 1e-5) for key in grads)
+    assert all(close(a, b, 1e-6) for a, b in zip(statistics_again, statistics))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_no_step_waits_for_the_gpu():
     cfg = mokd.parse_args([*SMALL, *PAIR])
