@@ -139,8 +139,8 @@ class Images(torch.utils.data.Dataset):
     """(epoch, index) in training, else index -> resized image (3, h, w) uint8; target; its index if it cannot
     be read (then it is black and empty), else -1; why not.
 
-    A target has id; size: height and width of the file; scale (4,): pixels of the image per pixel of the file.
-    In training it also has boxes (n, 4): x1 y1 x2 y2 in pixels of the image; labels (n,): from 1, in the order
+    A target has id; size: height and width of the file; scale (4,): pixels of the image per pixel of a file.
+    In training it also has boxes (n, 4): x1 y1 x2 y2 in pixels of the image; labels (n,) from 1, in the order
     of category ids; masks (n, height, width) uint8, in the file's pixels, because resizing takes long.
     """
     def __init__(self, coco, cfg, part):
@@ -242,7 +242,7 @@ def draw_coco(folder, sizes, seed=0):
             pixels, annotations = draw_image(g, empty=i == 0)
             h, w, _ = pixels.shape
             if i == 1:   # a corner of 20 x 10 pixels; zeros and ones are counted by turns, down the columns
-                runs = dict(size=[h, w], counts=[0, *[10, h - 10] * 20, h * (w - 20)])
+                runs = dict(size=[h, w], counts=[0, *[10, h - 10] * 19, 10, h * (w - 19) - 10])
                 crowd = dict(category_id=7, bbox=[0, 0, 20, 10], area=200, iscrowd=1, segmentation=runs)
                 annotations.append(crowd)
             name = f"{part}{i}.png"
