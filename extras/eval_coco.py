@@ -9,7 +9,7 @@ The detector is the C4 variant of He et al. (2017), made of torchvision's parts.
 16, the RPN proposes regions. Stage 4 sees 14 x 14 cells of each region and serves boxes and masks. Masks are
 cut and pasted as in detectron2, because torchvision is half a pixel off. R is the regions of a batch.
 """
-import contextlib, io, itertools, json, math, os, signal, sys, time   # noqa: E401
+import contextlib, io, itertools, json, math, os, sys, time   # noqa: E401
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
@@ -442,11 +442,10 @@ def train(cfg, net, images, device, rank, world):
     optimizer = torch.optim.SGD([decayed, spared], lr=0.0, momentum=0.9, foreach=True)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16")
     path, first = f"{cfg.out}/checkpoint.pth", 0
-    if os.path.exists(path):
-        state = mokd.read_checkpoint(path)
-        mokd.refuse_other_settings(path, state["config"], cfg)
-        net.load_state_dict(state["models"][0])
-        optimizer.load_state_dict(state["models"][1])
+    state = mokd.find_checkpoint(cfg, len(images))
+    if state:
+        net.load_state_dict(state["net"])
+        optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         first = state["step"]
         say(f"resumed {path} at step {first}")
@@ -501,14 +500,13 @@ def train(cfg, net, images, device, rank, world):
             if not torch.stack(torch._foreach_norm([p.detach() for p in params])).isfinite().all():
                 raise UserError(f"step {step - 1}: weights not finite after it; nothing was saved of it. "
                                 f"Lower --lr", code=1)
-            models = [net.state_dict(), optimizer.state_dict()]
-            write(cfg, dict(config=asdict(cfg), step=step, scaler=scaler.state_dict(), models=models), path)
+            write(cfg, dict(config=asdict(cfg), step=step, images=len(images), net=net.state_dict(),
+                            optimizer=optimizer.state_dict(), scaler=scaler.state_dict()), path)
         if stopped:
             raise UserError(f"stopped by {stopped.name} after step {step}; the same command goes on from "
                             f"there", code=128 + stopped)
 
-    for number in (signal.SIGTERM, signal.SIGINT):   # the evaluation has nothing to save and ends at once
-        signal.signal(number, signal.SIG_DFL)
+    watch.end()   # the evaluation has nothing to save, so a signal ends it at once
     if world > 1:   # on the CPU, statistics of batch norms differ; all evaluate with those of the checkpoint
         for buffer in net.buffers():
             dist.broadcast(buffer, 0)
