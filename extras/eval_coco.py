@@ -116,9 +116,10 @@ def read_annotations(cfg, part):
             i["file_name"], i["height"] * i["width"]
         os.stat(f"{cfg.data}/{part}2017/{coco.dataset['images'][0]['file_name']}")
         for a in coco.dataset["annotations"]:
-            (x, y, w, h), *_ = a["bbox"], a["area"], a["segmentation"], a["iscrowd"]
-            if a["category_id"] not in coco.cats or a["image_id"] not in coco.imgs:
-                raise ValueError(f"annotation {a['id']}: category {a['category_id']}, image {a['image_id']}")
+            a["area"], a["segmentation"], a["iscrowd"]
+            if len(a["bbox"]) != 4 or a["category_id"] not in coco.cats or a["image_id"] not in coco.imgs:
+                raise ValueError(f"annotation {a['id']}: box {a['bbox']}, category {a['category_id']}, "
+                                 f"image {a['image_id']}")
         return coco
     except OSError as error:
         raise UserError(f"--data {cfg.data}: {error.filename} cannot be read ({error.strerror}); give a "
