@@ -917,7 +917,7 @@ class Model:
         self.net = Net(backbone, cfg)
         self.momentum_net = copy.deepcopy(self.net).requires_grad_(False)   # n_.params = n.params
         no_drop_path(self.momentum_net)   # stochastic depth is for the student
-        if cfg.grad_checkpointing:
+        if cfg.grad_checkpointing:   # it updates the student's batch-norm statistics twice; no step reads them
             backbone.model.set_grad_checkpointing()
         for net in (self.net, self.momentum_net):
             net.to(device, memory_format=memory_format(device))
@@ -1192,6 +1192,8 @@ def read_checkpoint(path, advice="Delete it to start anew, or give another --out
             state["config"]["seed"], state["step"]   # it must have these
             return state
         reason = f"{damaged} in it has another check sum"
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file. {advice}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read just now ({error.strerror}); it may be sound") from error
     except Exception as error:   # damage has many names
