@@ -3,7 +3,7 @@
     python eval_knn.py --checkpoint runs/resnet50-vit_small/checkpoint.pth          # both models of a run
     python eval_knn.py --checkpoint runs/a/checkpoint.pth runs/b/checkpoint.pth     # the models of two runs
     python eval_knn.py --arch resnet50 --weights runs/resnet50-vit_small/model1.pth --data imagenet
-    torchrun --nproc_per_node=8 eval_knn.py --checkpoint ... --save f.pt         # each holds a part of the bank
+    torchrun --nproc_per_node=8 eval_knn.py --checkpoint ... --save f.pt         # the bank is split
 
 The bank holds every training image that has a label, as the L2-normalized pooled representation of its center
 crop. The k most similar ones vote for a validation image's class, each with weight exp(cosine / 0.07) [DINO].
@@ -107,7 +107,7 @@ def load_backbones(cfg, margin=256 / 224):
         alike = saved["data"] == first["data"] and saved["global_size"] == first["global_size"]
         if not alike and not both_given:
             raise UserError(f"--checkpoint {file}: of other data or another size than the first "
-                            f"({saved['data']}, {saved['global_size']}); give --data and --image_size for all")
+                            f"({saved['data']}, {saved['global_size']}); give --data and --image_size")
         cfg.data, cfg.image_size = cfg.data or saved["data"], cfg.image_size or saved["global_size"]
         cfg.data_root = cfg.data_root or saved["data_root"]
         cfg.resize = cfg.resize or round(cfg.image_size * margin)
@@ -186,7 +186,7 @@ def labeled_data(cfg):
         parts.append(Subset(images, rows))
         highest.append(int(labels.max()))
     if highest[1] > highest[0]:
-        raise UserError(f"--data {cfg.data}: validation has label {highest[1]}, training at most {highest[0]}")
+        raise UserError(f"--data {cfg.data}: validation has label {highest[1]}, training up to {highest[0]}")
     return *parts, highest[0] + 1
 
 def progress_of(what, n, world=1):
@@ -224,8 +224,8 @@ def nearest(bank, labels, queries, k):
     bank (n, D), labels (n,) below 2^20: this process's part of the bank; rows of negative label do not count.
     queries (Q, D): the same on all processes. Similarity and label make one whole number, the key:
     similarity in steps of 2^-30 in its upper bits, the label in its lower 20. Keys are sorted by similarity,
-    and by label where that is equal. So the answer, ties included, does not depend on how the bank is split, over
-    processes or into the chunks in which it is worked through.
+    and by label where that is equal. So the answer, ties included, does not depend on how the bank is split,
+    over processes or into the chunks in which it is worked through.
     """
     nothing = -2 ** 62   # less than any key
     found = []
@@ -243,8 +243,8 @@ def nearest(bank, labels, queries, k):
     return (key + labels).float() / 2 ** 50, labels
 
 def classify(similarity, neighbors, classes, answers, temperature):
-    """Similarities and labels (Q, k) of neighbors, answers (Q,) -> predictions (Q,) and places (Q,) of the answers
-    among all classes sorted by votes, 0 the first. As in DINO, the lower of two classes with equal votes comes
+    """Similarities, labels (Q, k) of neighbors, answers (Q,) -> predictions (Q,), places (Q,) of the answers
+    among all classes sorted by votes, 0 the first. As in DINO, the lower of two classes with equal votes is
     first, also where nobody votes for either."""
     # Each similarity is taken relative to the nearest one's, so that no temperature makes a vote overflow.
     weight = ((similarity - similarity[:, :1]) / temperature).exp()
@@ -295,7 +295,9 @@ def run(cfg):
 
     say(f"\nk-NN on {cfg.data}, {in_bank:,} images in the bank, {len(answers):,} classified, %; * best k")
     show_table(ks, results, same)
-    write_json(cfg, dict(bank=in_bank, classified=len(answers), results=results, same_class=same))
+    if cfg.json:
+        write_json(cfg.json, dict(settings=asdict(cfg), bank=in_bank, classified=len(answers),
+                                  results=results, same_class=same))
     if cfg.save:
         value = {}
         for part, images, f, y in zip(("train", "val"), parts, features, labels):
@@ -306,7 +308,7 @@ def run(cfg):
                 mokd.write(value, cfg.save)
                 say(f"wrote {cfg.save}")
         except (OSError, RuntimeError) as error:   # torch turns some of the first into the second
-            raise UserError(f"--save {cfg.save}: could not be written ({error}); make room", code=1) from error
+            raise UserError(f"--save {cfg.save}: could not be written ({error})", code=1) from error
     return results
 
 def show_table(ks, results, same):
@@ -323,15 +325,15 @@ def show_table(ks, results, same):
     for pair, result in same.items():
         say(f"{pair:{width}}      " + "".join(f"{result[k]:>8.2f} " for k in ks))
 
-def write_json(cfg, value):
-    if not cfg.json or not mokd.MAIN:
-        return
+def write_json(path, value):
+    """Let the first process write a file that is always whole; no reason to end where that fails."""
     try:
-        with open(cfg.json + ".tmp", "w") as f:
-            json.dump(dict(settings=asdict(cfg)) | value, f, indent=1)
-        os.replace(cfg.json + ".tmp", cfg.json)
-    except OSError as error:   # no reason to fail: the table has been printed
-        warn(f"--json {cfg.json}: could not be written ({error.strerror}); give another file")
+        if mokd.MAIN:
+            with open(path + ".tmp", "w") as f:
+                json.dump(value, f, indent=1)
+            os.replace(path + ".tmp", path)
+    except OSError as error:
+        warn(f"{path} could not be written ({error})")
 
 def check_writable(path):
     """See, before hours are spent, that a file can be written. One that is there already stays as it is."""
