@@ -115,8 +115,8 @@ def fill_in(cfg, labeled, total, world):
         raise UserError(f"--warmup_epochs {cfg.warmup_epochs} is more than --epochs {cfg.epochs}: lower it")
 
 class TrainView(torch.utils.data.Dataset):
-    """(epoch, index) -> random resized crop, flipped or not (3, S, S) uint8; label; -1; "". An unreadable image
-    has label -100, which cross_entropy leaves out, and in place of -1 and "" its index and the reason."""
+    """(epoch, index) -> random resized crop, flipped or not (3, S, S) uint8; label; -1; "". An unreadable
+    image has label -100, which cross_entropy leaves out, and in place of -1 and "" its index and reason."""
     def __init__(self, images, cfg):
         self.images, self.size, self.scale, self.seed = images, cfg.image_size, cfg.scale, cfg.seed
 
@@ -252,10 +252,12 @@ def note_losses(record, net, means, diverged):
         record[f"lowest loss {part.name}"] = min((v for v in losses.values() if v is not None), default=None)
         record[f"losses {part.name}"] = losses
 
-def note_results(record, found, results, epoch):
+def note_results(record, found, results, epoch, diverged):
     """Put what evaluate found into a record of the log, and into the results of all rates."""
     for name, rates in found.items():
         for rate, tops in rates.items():
+            if [name, rate] in diverged:
+                tops.update(top1=0.0, top5=0.0)
             result = results.setdefault(name, {}).setdefault(rate, dict(best_top1=-1.0))
             result.update(tops)
             if tops["top1"] > result["best_top1"]:
@@ -266,8 +268,8 @@ def note_results(record, found, results, epoch):
 def train(cfg, net, done, saved, turns, watch, images, val, device, rank, world):
     """Train the layers of net, and with --finetune its backbones, from where `done` stands; fill in done.
 
-    saved: the checkpoint to go on from, or None. turns: how many more rates come after. Raises UserError, on a
-    signal after writing a checkpoint.
+    saved: the checkpoint to go on from, or None. turns: how many more rates come after. Raises UserError, on
+    a signal after writing a checkpoint.
     """
     optimizer, path = make_optimizer(net, cfg), f"{cfg.out}/checkpoint.pth"
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16" and cfg.finetune)
@@ -293,7 +295,9 @@ def train(cfg, net, done, saved, turns, watch, images, val, device, rank, world)
         x, y = on_device(x, y, device)
         with mokd.autocast(device, cfg.dtype):
             logits = forward(x)
-        losses = torch.stack([F.cross_entropy(layer, y) for z in logits for layer in z])
+        labels = (y >= 0).sum().clamp_min(1)   # of a batch in which no image can be read the loss is 0
+        losses = [F.cross_entropy(layer, y, reduction="sum") / labels for z in logits for layer in z]
+        losses = torch.stack(losses)
         scaler.scale(losses.sum()).backward()
         factor = mokd.cosine_schedule(step, steps, 1.0, 0.0, warmup)
         for group in optimizer.param_groups:
@@ -324,7 +328,8 @@ def train(cfg, net, done, saved, turns, watch, images, val, device, rank, world)
         dead = all(lost) or (any(lost) and scaler.is_enabled())   # which skips a step for all layers
         if dead or end_of_epoch and (last or epoch % cfg.eval_every == 0):
             record = dict(epoch=epoch)
-            note_results(record, evaluate(net, val, cfg, device, rank, world), done["results"], epoch)
+            found = evaluate(net, val, cfg, device, rank, world)
+            note_results(record, found, done["results"], epoch, done["diverged"])
             mokd.log(cfg, record)
             write_results(cfg, done["results"])
         if stopped or dead or last or step % (cfg.save_every or per_epoch) == 0:
