@@ -1453,20 +1453,20 @@ def test_eval_knn_equals_dinos_over_its_saved_features(trained, tmp_path, capsys
     predictions = {}
     for i, (name, features) in enumerate(saved["val"]["features"].items()):
         backbone = models_of(config("--vit_pool", "cls"))[i].momentum_net.backbone
-        backbone.load_state_dict({k[9:]: v for k,
-                                  v in state["models"][i][1].items() if k.startswith("backbone.")})
+        weights = state["models"][i][1]
+        backbone.load_state_dict({k[9:]: v for k, v in weights.items() if k.startswith("backbone.")})
         view = TF.center_crop(TF.resize(x[:4], [37], TF.InterpolationMode.BICUBIC, antialias=True), [32, 32])
         expected = F.normalize(backbone.eval()(mokd.normalize(view.float() / 255))[0], dim=1)
         assert torch.allclose(features[:4].float(), expected, atol=1e-3)
-        bank, queries = (F.normalize(saved[part]["features"][name].float(), dim=1) for part in ("train",
-                                                                                                "val"))
+        bank = F.normalize(saved["train"]["features"][name].float(), dim=1)
+        queries = F.normalize(saved["val"]["features"][name].float(), dim=1)
         for k in (3, 10):
             ranked = dinos_knn(bank, saved["train"]["labels"], queries, k, 0.07, 8)
             predictions[name, k] = ranked[:, 0]
             for n, top in ((1, "top1"), (min(5, k), "top5")):   # DINO counts the first min(5, k) classes
                 expected = 100 * (ranked[:, :n] == y[:, None]).any(1).double().mean().item()
-                assert results[name][k][top] == pytest.approx(expected,
-                                                              abs=0.1)   # one image of 1,024, of equal votes
+                # one image of 1,024 may have votes that are equal but for rounding
+                assert results[name][k][top] == pytest.approx(expected, abs=0.1)
                 assert f"{results[name][k][top]:.2f}" in printed
     assert printed.count("*") == 3   # the legend, and the best k of each model
     table = json.load(open(trained / "knn.json"))
@@ -1505,7 +1505,7 @@ def test_no_temperature_makes_a_vote_overflow():
 
 
 def test_the_bank_is_normalized_again_after_half_precision():
-    """Rows of half precision are up to 2e-4 too long or too short, enough to change the order of neighbors."""
+    """Rows of half precision are up to 2e-4 too long or too short: enough to change the neighbors' order."""
     g = torch.Generator().manual_seed(0)
     bank, queries = (F.normalize(torch.randn(n, 384, generator=g), dim=1).half() for n in (2000, 50))
     assert (bank.float().norm(dim=1) - 1).abs().max() > 1e-5
@@ -1515,7 +1515,7 @@ def test_the_bank_is_normalized_again_after_half_precision():
 
 
 def test_ties_do_not_change_the_neighbors_and_unreadable_images_are_none():
-    """Many neighbors at one distance, with other labels: the lower label comes first, whatever the bank's order."""
+    """Many neighbors at one distance, with other labels: the lower label comes first, in any order."""
     g = torch.Generator().manual_seed(0)
     bank = torch.eye(4)[torch.randint(4, (60,), generator=g)]
     labels = torch.randint(5, (60,), generator=g)
@@ -1535,7 +1535,7 @@ def test_ties_do_not_change_the_neighbors_and_unreadable_images_are_none():
     assert similarity.min() < 0 and similarity[0].tolist() == sorted(similarity[0].tolist(), reverse=True)
 
 
-def test_nearest_of_a_large_bank_takes_seconds():
+def test_the_search_of_a_large_bank_takes_seconds():
     g = torch.Generator().manual_seed(0)
     bank, queries = (F.normalize(torch.randn(n, 512, generator=g), dim=1).half() for n in (100_000, 2_000))
     start = time.time()
@@ -1612,14 +1612,10 @@ def test_a_k_beyond_the_bank_is_shown_as_what_it_is(trained, few, capsys):
 def test_save_leaves_a_file_as_it_is_until_there_is_a_new_one(trained, tmp_path, capsys):
     file = tmp_path / "features.pt"
     file.write_bytes(b"precious")
-    assert "nowhere" in evaluation_fails("knn",
-                                         ["--checkpoint", trained / "checkpoint.pth", "--data", "nowhere",
-                                          "--save", file],
-                                         capsys)
+    args = ["--checkpoint", trained / "checkpoint.pth", "--data", "nowhere"]
+    assert "nowhere" in evaluation_fails("knn", [*args, "--save", file], capsys)
     assert file.read_bytes() == b"precious" and os.listdir(tmp_path) == ["features.pt"]
-    assert "it is a folder" in evaluation_fails("knn",
-                                                ["--checkpoint", trained / "checkpoint.pth", "--save",
-                                                 tmp_path], capsys)
+    assert "it is a folder" in evaluation_fails("knn", [*args, "--save", tmp_path], capsys)
 
 
 def test_features_that_are_not_finite_stop_both_evaluations(trained, tmp_path, capsys):
@@ -1666,8 +1662,8 @@ def test_eval_knn_takes_weights_students_and_one_model(trained, few, tmp_path, m
                "--batch_size", 100)
     assert soft != both
 
-    def create(name, pretrained=False,
-               **kw):   # no network here: weights whose mean and deviation are 0.5, as some of timm's
+    # no network here: weights whose mean and deviation are 0.5, as some of timm's
+    def create(name, pretrained=False, **kw):
         model = timm_create(name, **kw)
         if pretrained:
             model.load_state_dict(torch.load(trained / "model1.pth", weights_only=True))
@@ -1767,8 +1763,8 @@ def test_more_than_one_percent_of_unreadable_images_stops_every_evaluation(scrip
     parse, run = EVALUATIONS[script]
     args = ["--checkpoint", trained / "checkpoint.pth", "--data", tmp_path, "--workers", 0]
     args += ["--out", tmp_path / "o", "--epochs", 1] if script == "linear" else []
-    assert mokd.main([*map(str, args)], f"eval_{script}.py", parse,
-                     run) == (2 if unreadable == "empty" else 1)
+    code = mokd.main([*map(str, args)], f"eval_{script}.py", parse, run)
+    assert code == (2 if unreadable == "empty" else 1)
     done = capsys.readouterr()
     assert "nan" not in done.out and f"eval_{script}.py: " in done.err and "Traceback" not in done.err
     assert unreadable == "empty" or ("1 %" in done.err and f"{os.sep}{part}{os.sep}a" in done.err)
@@ -1792,8 +1788,8 @@ def test_rates_at_once_equal_each_rate_alone_and_a_naive_loop(trained, few, tmp_
         for part in "01":
             for k in ("weight", "bias"):
                 assert close(weights[f"{part}.layers.{place}.{k}"], single[f"{part}.layers.0.{k}"], 1e-5)
-        assert {n: r[f"{rate:g}"] for n, r in together.items()} == {n: r[f"{rate:g}"] for n,
-                                                                    r in alone.items()}
+        for name in together:
+            assert together[name][f"{rate:g}"] == alone[name][f"{rate:g}"]
 
     # the same by hand, for model 1 at the largest rate
     cfg = eval_linear.parse([*map(str, source)])
@@ -1814,8 +1810,8 @@ def test_rates_at_once_equal_each_rate_alone_and_a_naive_loop(trained, few, tmp_
             V, v = 0.9 * V + gW, 0.9 * v + gb
             W, b = (W - lr * V).detach().requires_grad_(), (b - lr * v).detach().requires_grad_()
             step += 1
-    assert step == 8 and close(weights["0.layers.3.weight"], W, 1e-4) and close(weights["0.layers.3.bias"], b,
-                                                                                1e-4)
+    assert step == 8
+    assert close(weights["0.layers.3.weight"], W, 1e-4) and close(weights["0.layers.3.bias"], b, 1e-4)
     saved = json.load(open(tmp_path / "all" / "results.json"))
     assert saved["results"] == together and saved["settings"]["lr"] == rates
 
@@ -1847,8 +1843,8 @@ def test_training_crops_are_random_resized_and_half_of_them_mirrored(few):
         x, y, bad, reason = views[2, index]
         torch.manual_seed(mokd.seed_of(0, 2, index))
         crop = mokd.MultiCrop.crop(few[0][index][0], 24, (0.3, 0.6))
-        assert (y, bad, reason) == (index % 8, -1,
-                                    "") and (torch.equal(x, crop) or torch.equal(x, crop.flip(-1)))
+        assert (y, bad, reason) == (index % 8, -1, "")
+        assert torch.equal(x, crop) or torch.equal(x, crop.flip(-1))
         flipped += torch.equal(x, crop.flip(-1))
     assert 15 < flipped < 45 and not torch.equal(views[3, 0][0], views[2, 0][0])
 
@@ -1856,8 +1852,8 @@ def test_training_crops_are_random_resized_and_half_of_them_mirrored(few):
 def classifiers_of(printed):
     """The lines that a run prints, executed -> {model: their variables}."""
     found = {}
-    for name, lines in re.findall(r"^(.+) with the classifier of its best rate:\n(.+\n.+\n.+)$", printed,
-                                  re.M):
+    pattern = r"^(.+) with the classifier of its best rate:\n(.+\n.+\n.+)$"
+    for name, lines in re.findall(pattern, printed, re.M):
         found[name] = dict(torch=torch, timm=timm, lines=lines)
     return found
 
@@ -1915,8 +1911,10 @@ def test_the_best_of_several_rates_is_kept_and_not_the_last(trained, few, tmp_pa
             "--lr", 0.1, 1e-6, "--model", 1]
     found = {0: dict(top1=50.0, top5=90.0), 1: dict(top1=10.0, top5=50.0)}   # the first rate is the best
     calls = itertools.count()
-    monkeypatch.setattr(eval_linear, "evaluate", lambda net,
-                        *a: {p.name: {r: found[next(calls)] for r in p.rates} for p in net})
+
+    def evaluate(net, *args):
+        return {net[0].name: {rate: found[next(calls)] for rate in net[0].rates}}
+    monkeypatch.setattr(eval_linear, "evaluate", evaluate)
     whole = linear(tmp_path / "o", *args)
     assert whole["1 resnet18"]["0.1"]["top1"] == 50 and whole["1 resnet18"]["1e-06"]["top1"] == 10
     capsys.readouterr()
@@ -1939,8 +1937,10 @@ def test_linear_features_of_last_blocks_are_dinos(trained):
     backbones = eval_knn.load_backbones(cfg)
     vit = eval_linear.Classifier("2 vit_tiny", backbones["2 vit_tiny"], cfg, 8, (0.1,))
     x, seen, model = torch.randn(2, 3, 32, 32), [], vit.backbone.model
-    hooks = [block.register_forward_hook(lambda m, i,
-                                         out: seen.append(model.norm(out))) for block in model.blocks]
+
+    def hook(module, args, out):
+        seen.append(model.norm(out))
+    hooks = [block.register_forward_hook(hook) for block in model.blocks]
     with torch.no_grad():
         model.forward_features(x)
         for h in hooks:
@@ -1959,19 +1959,19 @@ def test_defaults_follow_from_what_is_trained(capsys):
         return cfg.epochs, cfg.warmup_epochs, cfg.batch_size, cfg.out
     n = 1_281_167
     assert filled(n, n) == (100, 10, 2048, "runs/x/linear")
-    assert filled(n // 100, n, "--finetune", "--label_fraction", "0.01") == (60, 5, 1024,
-                                                                             "runs/x/finetune-0.01")
+    few_labels = filled(n // 100, n, "--finetune", "--label_fraction", "0.01")
+    assert few_labels == (60, 5, 1024, "runs/x/finetune-0.01")
     assert filled(n // 10, n, "--finetune", "--label_fraction", "0.1") == (30, 5, 1024, "runs/x/finetune-0.1")
     assert filled(50_000, 50_000, "--finetune") == (100, 10, 1024, "runs/x/finetune")
-    assert filled(n // 100, n, "--finetune", "--subset", "a/1percent.txt") == (60, 5, 1024,
-                                                                               "runs/x/finetune-1percent")
+    subset = filled(n // 100, n, "--finetune", "--subset", "a/1percent.txt")
+    assert subset == (60, 5, 1024, "runs/x/finetune-1percent")
     assert filled(n, n, "--batch_size", "512", "--warmup_epochs", "0") == (100, 0, 512, "runs/x/linear")
     assert "ten steps" not in capsys.readouterr().out
     # few labels: an epoch has at least ten steps, which is said
     assert filled(600, 60_000, "--finetune", "--epochs", "7", "--out", "o") == (7, 1, 56, "o")
     assert "--batch_size 56: so an epoch of 600 images has at least ten steps" in capsys.readouterr().out
-    assert filled(408, 4096, "--finetune", world=1)[2] == 40 and filled(12, 100, "--finetune",
-                                                                        world=1)[2] == 2
+    assert filled(408, 4096, "--finetune", world=1)[2] == 40
+    assert filled(12, 100, "--finetune", world=1)[2] == 2
     assert filled(12, 100, world=8)[2] == 8 and filled(1, 100, world=1)[2] == 1
 
 
@@ -1983,8 +1983,8 @@ def test_each_data_set_and_each_subset_has_a_folder_of_its_own():
     assert outs == ["r/linear", "r/finetune-cifar10", "r/finetune-cifar100", "r/finetune-photos",
                     "r/finetune-1percent",
                     "r/finetune-10percent"]
-    assert eval_linear.parse(["--arch", "resnet50", "--data",
-                              "cifar10"]).out == "runs/resnet50/linear-cifar10"
+    of_arch = eval_linear.parse(["--arch", "resnet50", "--data", "cifar10"])
+    assert of_arch.out == "runs/resnet50/linear-cifar10"
 
 
 def test_labels_kept_are_class_balanced_and_drawn_by_seed(few):
@@ -2010,8 +2010,8 @@ def test_a_subset_file_names_the_images_that_keep_their_label(trained, tmp_path,
             str(tmp_path / "o")]
     cfg = eval_linear.parse([*args, "--subset", str(tmp_path / "list.txt")])
     part = eval_linear.with_label(eval_knn.labeled_data(cfg)[0], cfg)
-    assert [os.path.basename(mokd.name_of(part, i)) for i in range(3)] == ["train_a3.png", "train_b0.png",
-                                                                           "train_b5.png"]
+    names = [os.path.basename(mokd.name_of(part, i)) for i in range(3)]
+    assert names == ["train_a3.png", "train_b0.png", "train_b5.png"]
     results = linear(tmp_path / "o", *args[:-4], "--subset", tmp_path / "list.txt", "--finetune", "--epochs",
                      2, "--lr", 0.1)
     assert results["1 resnet18"]["0.1"]["top5"] == 100   # of two classes
@@ -2023,9 +2023,8 @@ def test_a_subset_file_names_the_images_that_keep_their_label(trained, tmp_path,
     for c in "ab":
         (data / "train" / c / f"train_{c}0.png").rename(data / "train" / c / "0.png")
     (tmp_path / "list.txt").write_text("0.png\n")
-    assert "0.png is the name of 2 training images" in evaluation_fails("linear",
-                                                                        [*args, "--subset",
-                                                                         tmp_path / "list.txt"], capsys)
+    message = evaluation_fails("linear", [*args, "--subset", tmp_path / "list.txt"], capsys)
+    assert "0.png is the name of 2 training images" in message
     (tmp_path / "list.txt").write_text("b/0.png\ntrain/a/train_a1.png\n")
     part = eval_linear.with_label(eval_knn.labeled_data(cfg)[0], cfg)
     assert [mokd.name_of(part, i)[-7:] for i in range(2)] == ["_a1.png", "b/0.png"]
@@ -2049,22 +2048,18 @@ def test_linear_resumes_bit_for_bit_after_sigterm(mode, trained, few, tmp_path, 
                      eval_linear.run)
     monkeypatch.undo()
     assert code == 128 + signal.SIGTERM and "SIGTERM after step" in capsys.readouterr().err
-    parts = [torch.utils.data.TensorDataset(*mokd.draw_toy(n, part)) for n,
-             part in ((256, "train"), (64, "val"))]
-    monkeypatch.setattr(mokd, "get_data", lambda cfg: parts)
+    monkeypatch.setattr(mokd, "get_data", lambda cfg: few)
     assert linear(tmp_path / "cut", *args) == whole
     assert "resumed" in capsys.readouterr().out
-    a, b = (torch.load(tmp_path / run / "checkpoint.pth", weights_only=True)["models"][0] for run in ("whole",
-                                                                                                      "cut"))
+    runs = "whole", "cut"
+    a, b = (torch.load(tmp_path / run / "checkpoint.pth", weights_only=True)["models"][0] for run in runs)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     for i in (1, 2):
-        a, b = (torch.load(tmp_path / run / f"classifier{i}.pth", weights_only=True) for run in ("whole",
-                                                                                                 "cut"))
-        assert all(torch.equal(a[k], b[k]) for k in a)
-    assert "--epochs was 2, is 3" in evaluation_fails("linear",
-                                                      [*args[:-len(mode)], "--epochs", 3, *mode, "--workers",
-                                                       0, "--out",
-                                                                 tmp_path / "cut"], capsys)
+        a, b = (torch.load(tmp_path / run / f"classifier{i}.pth", weights_only=True) for run in runs)
+        for part in ("model", "classifier"):
+            assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
+    args = [*args[:-len(mode)], "--epochs", 3, *mode, "--workers", 0, "--out", tmp_path / "cut"]
+    assert "--epochs was 2, is 3" in evaluation_fails("linear", args, capsys)
 
 
 @pytest.fixture(scope="module")
@@ -2113,10 +2108,10 @@ def test_optimizer_weight_decay_and_intervals_are_those_asked_for(trained, few, 
                            seldom=["--eval_every", 3, "--log_every", 5, "--save_every", 7]).items():
         linear(tmp_path / name, *source, *more)
         logs[name] = [json.loads(line) for line in open(tmp_path / name / "log.jsonl")]
-        weights[name] = torch.load(tmp_path / name / "checkpoint.pth",
-                                   weights_only=True)["models"][0]["0.layers.0.weight"]
-    assert weights["decay"].norm() < weights["plain"].norm() and not torch.equal(weights["adamw"],
-                                                                                 weights["plain"])
+        saved = torch.load(tmp_path / name / "checkpoint.pth", weights_only=True)
+        weights[name] = saved["models"][0]["0.layers.0.weight"]
+    assert weights["decay"].norm() < weights["plain"].norm()
+    assert not torch.equal(weights["adamw"], weights["plain"])
     assert torch.equal(weights["seldom"], weights["plain"])
     epochs = {name: [r["epoch"] for r in log if "highest top1 1 resnet18" in r] for name, log in logs.items()}
     assert epochs["plain"] == [1, 2, 3, 4] and epochs["seldom"] == [3, 4]
@@ -2149,7 +2144,8 @@ def test_the_log_has_all_rates_and_its_line_says_what_it_shows(trained, few, tmp
     results = linear(tmp_path / "a", *args, "--epochs", 5, "--log_every", 5, "--lr", 0.05, 0.1)
     log = [json.loads(line) for line in open(tmp_path / "a" / "log.jsonl")]
     steps, evaluations = [r for r in log if "step" in r], [r for r in log if "step" not in r]
-    assert [r["epoch"] for r in evaluations] == [1, 2, 3, 4, 5] and [r["epoch"] for r in steps] == [2, 3, 4, 5]
+    assert [r["epoch"] for r in evaluations] == [1, 2, 3, 4, 5]
+    assert [r["epoch"] for r in steps] == [2, 3, 4, 5]
     for rate in ("0.05", "0.1"):
         tops = [r["accuracies 1 resnet18"][rate]["top1"] for r in evaluations]
         assert results["1 resnet18"][rate]["top1"] == tops[-1]
@@ -2190,8 +2186,10 @@ def test_a_diverged_rate_stops_neither_the_others_nor_the_run(trained, few, tmp_
 
 def test_a_batch_without_a_readable_image_has_no_loss(trained, few, tmp_path, monkeypatch):
     views = eval_linear.TrainView.__getitem__
-    monkeypatch.setattr(eval_linear.TrainView, "__getitem__", lambda self,
-                        key: (views(self, key)[0], -100, -1, ""))
+
+    def unreadable(self, key):
+        return views(self, key)[0], -100, -1, ""
+    monkeypatch.setattr(eval_linear.TrainView, "__getitem__", unreadable)
     results = linear(tmp_path, "--checkpoint", trained / "checkpoint.pth", "--batch_size", 64, "--epochs", 1,
                      "--lr", 0.1)
     weight = torch.load(tmp_path / "classifier1.pth", weights_only=True)["classifier"]["weight"]
