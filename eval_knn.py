@@ -115,7 +115,7 @@ def load_backbones(cfg, margin=256 / 224):
             arch = saved[f"arch{i}"]
             backbone = build(cfg, f"--checkpoint {file}: model {i},", i, arch, saved[f"model_kwargs{i}"],
                              saved["patch_size"], saved["vit_pool"])
-            weights = state["models"][int(i) - 1][1 if cfg.net == "momentum" else 0]
+            weights = state[f"model{i}"]["momentum_net" if cfg.net == "momentum" else "net"]
             backbone.load_state_dict({k[9:]: w for k, w in weights.items() if k.startswith("backbone.")})
             backbones[f"{i} {arch}" if len(files) == 1 else f"{run_name}: {i} {arch}"] = backbone
     return backbones

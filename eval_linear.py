@@ -274,8 +274,8 @@ def train(cfg, net, done, saved, turns, watch, images, val, device, rank, world)
     optimizer, path = make_optimizer(net, cfg), f"{cfg.out}/checkpoint.pth"
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16" and cfg.finetune)
     if saved:
-        net.load_state_dict(saved["models"][0], strict=False)
-        optimizer.load_state_dict(saved["models"][1])
+        net.load_state_dict(saved["net"], strict=False)
+        optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         say(f"resumed {path} at step {done['step']}")
     kept = [k for k in net.state_dict() if cfg.finetune or ".layers." in k]   # a frozen backbone is no result
@@ -335,8 +335,9 @@ def train(cfg, net, done, saved, turns, watch, images, val, device, rank, world)
         if stopped or dead or last or step % (cfg.save_every or per_epoch) == 0:
             done["step"] = step
             weights = net.state_dict()
-            models = [{k: weights[k] for k in kept}, optimizer.state_dict()]
-            write(cfg, done | dict(config=asdict(cfg), scaler=scaler.state_dict(), models=models), path)
+            state = dict(config=asdict(cfg), net={k: weights[k] for k in kept})
+            state |= dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+            write(cfg, done | state, path)
         clock += time.time() - paused
         if stopped:
             raise UserError(f"stopped by {stopped.name} after step {step}; the same command goes on there",

@@ -1796,7 +1796,7 @@ def test_eval_knn_equals_dinos_over_its_saved_features(trained, tmp_path, capsys
     predictions = {}
     for i, (name, features) in enumerate(saved["val"]["features"].items()):
         backbone = models_of(config("--vit_pool", "cls"))[i].momentum_net.backbone
-        weights = state["models"][i][1]
+        weights = state[f"model{i + 1}"]["momentum_net"]
         backbone.load_state_dict({k[9:]: v for k, v in weights.items() if k.startswith("backbone.")})
         view = TF.center_crop(TF.resize(x[:4], [37], TF.InterpolationMode.BICUBIC, antialias=True), [32, 32])
         expected = F.normalize(backbone.eval()(mokd.normalize(view.float() / 255))[0], dim=1)
@@ -1918,8 +1918,8 @@ def test_models_of_several_runs_stand_in_one_table(trained, few, tmp_path, capsy
     other = tmp_path / "other"
     other.mkdir()
     state = torch.load(trained / "checkpoint.pth", weights_only=True)
-    for nets in state["models"]:
-        nets[1] = nets[0]   # momentum nets that differ: the students
+    for model in ("model1", "model2"):
+        state[model]["momentum_net"] = state[model]["net"]   # momentum nets that differ: the students
     torch.save(state, other / "checkpoint.pth")
     files = [trained / "checkpoint.pth", other / "checkpoint.pth"]
     together = knn("--checkpoint", *files, "--k", 10, "--json", tmp_path / "table.json")
@@ -1963,7 +1963,7 @@ def test_save_leaves_a_file_as_it_is_until_there_is_a_new_one(trained, tmp_path,
 
 def test_features_that_are_not_finite_stop_both_evaluations(trained, tmp_path, capsys):
     state = torch.load(trained / "checkpoint.pth", weights_only=True)
-    for name, weight in state["models"][0][1].items():
+    for name, weight in state["model1"]["momentum_net"].items():
         if name.startswith("backbone.") and weight.is_floating_point():
             weight.fill_(math.nan)
     torch.save(state, tmp_path / "checkpoint.pth")
@@ -2124,10 +2124,10 @@ def test_rates_at_once_equal_each_rate_alone_and_a_naive_loop(trained, few, tmp_
               "--warmup_epochs", 1]
     rates = [0.01, 0.1, 1.0, 4.0]
     together = linear(tmp_path / "all", *source, "--lr", *rates)
-    weights = torch.load(tmp_path / "all" / "checkpoint.pth", weights_only=True)["models"][0]
+    weights = torch.load(tmp_path / "all" / "checkpoint.pth", weights_only=True)["net"]
     for place, rate in enumerate(rates):
         alone = linear(tmp_path / str(rate), *source, "--lr", rate)
-        single = torch.load(tmp_path / str(rate) / "checkpoint.pth", weights_only=True)["models"][0]
+        single = torch.load(tmp_path / str(rate) / "checkpoint.pth", weights_only=True)["net"]
         for part in "01":
             for k in ("weight", "bias"):
                 assert close(weights[f"{part}.layers.{place}.{k}"], single[f"{part}.layers.0.{k}"], 1e-5)
@@ -2169,7 +2169,7 @@ def test_default_rates_are_the_papers_at_its_batch_size(trained, tmp_path, monke
     records = [json.loads(line) for line in open(tmp_path / "o" / "log.jsonl")]
     rates = [(r["lr 1 resnet18"]["0.08"], r["lr 2 vit_tiny"]["0.008"]) for r in records if "step" in r]
     assert max(rates) == (0.08, 0.008) == rates[2] and rates[0] == (0, 0) and len(rates) == 4
-    optimizer = torch.load(tmp_path / "o" / "checkpoint.pth", weights_only=True)["models"][1]
+    optimizer = torch.load(tmp_path / "o" / "checkpoint.pth", weights_only=True)["optimizer"]
     assert sorted({g["peak"] for g in optimizer["param_groups"]}) == [0.008, 0.08]
     linear(tmp_path / "f", *source, "--batch_size", 512, "--epochs", 1, "--finetune", "--label_fraction",
            0.25,
@@ -2262,7 +2262,7 @@ def test_the_best_of_several_rates_is_kept_and_not_the_last(trained, few, tmp_pa
     assert whole["1 resnet18"]["0.1"]["top1"] == 50 and whole["1 resnet18"]["1e-06"]["top1"] == 10
     capsys.readouterr()
     kept = torch.load(tmp_path / "o" / "classifier1.pth", weights_only=True)["model"]
-    last = torch.load(tmp_path / "o" / "checkpoint.pth", weights_only=True)["models"][0]
+    last = torch.load(tmp_path / "o" / "checkpoint.pth", weights_only=True)["net"]
     before = torch.load(trained / "model1.pth", weights_only=True)
 
     def moved(weights):
@@ -2395,7 +2395,7 @@ def test_linear_resumes_bit_for_bit_after_sigterm(mode, trained, few, tmp_path, 
     assert linear(tmp_path / "cut", *args) == whole
     assert "resumed" in capsys.readouterr().out
     runs = "whole", "cut"
-    a, b = (torch.load(tmp_path / run / "checkpoint.pth", weights_only=True)["models"][0] for run in runs)
+    a, b = (torch.load(tmp_path / run / "checkpoint.pth", weights_only=True)["net"] for run in runs)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     for i in (1, 2):
         a, b = (torch.load(tmp_path / run / f"classifier{i}.pth", weights_only=True) for run in runs)
@@ -2424,7 +2424,7 @@ def test_linear_of_two_processes_equals_that_of_one(mode, two_vits, tmp_path):
                                      "--warmup_epochs", 0,
                                      *mode, nproc=nproc)
         assert done.returncode == 0, done.stderr
-        weights.append(torch.load(tmp_path / n / "checkpoint.pth", weights_only=True)["models"][0])
+        weights.append(torch.load(tmp_path / n / "checkpoint.pth", weights_only=True)["net"])
         logs.append([json.loads(line) for line in open(tmp_path / n / "log.jsonl")])
     for k, v in weights[0].items():
         assert close(weights[1][k], v, 1e-3 if mode else 1e-5), k
@@ -2452,7 +2452,7 @@ def test_optimizer_weight_decay_and_intervals_are_those_asked_for(trained, few, 
         linear(tmp_path / name, *source, *more)
         logs[name] = [json.loads(line) for line in open(tmp_path / name / "log.jsonl")]
         saved = torch.load(tmp_path / name / "checkpoint.pth", weights_only=True)
-        weights[name] = saved["models"][0]["0.layers.0.weight"]
+        weights[name] = saved["net"]["0.layers.0.weight"]
     assert weights["decay"].norm() < weights["plain"].norm()
     assert not torch.equal(weights["adamw"], weights["plain"])
     assert torch.equal(weights["seldom"], weights["plain"])
