@@ -1,17 +1,18 @@
 """The paper's figures from runs of mokd.py, and what the feature search looks at.
 
-    python extras/figures.py tsne --checkpoint runs/independent/checkpoint.pth runs/mokd/checkpoint.pth         # Fig. 4, S1
-    python extras/figures.py attention --checkpoint runs/independent/checkpoint.pth runs/mokd/checkpoint.pth    # Fig. 5a-b
-    python extras/figures.py featuremap --checkpoint runs/independent/checkpoint.pth runs/mokd/checkpoint.pth   # Fig. 5c-d
-    python extras/figures.py attention --maps --checkpoint runs/mokd/checkpoint.pth    # where a ViT's last block looks
-    python extras/figures.py search --checkpoint runs/mokd/checkpoint.pth              # where a query looks (3.3, Fig. 3)
-    python extras/figures.py curves --log runs/independent runs/mokd                   # k-NN over epochs, a band for seeds
-    python extras/figures.py losses --log runs/independent/log.jsonl runs/mokd/log.jsonl
-    python extras/figures.py crops --data FOLDER --global_size 224                     # the views that mokd.py would make
+    A=runs/independent B=runs/mokd     # folders of two runs; an independent run is one of --losses sm
+    python extras/figures.py tsne --checkpoint $A/checkpoint.pth $B/checkpoint.pth          # Fig. 4, S1
+    python extras/figures.py attention --checkpoint $A/checkpoint.pth $B/checkpoint.pth     # Fig. 5a-b, S2
+    python extras/figures.py featuremap --checkpoint $A/checkpoint.pth $B/checkpoint.pth    # Fig. 5c-d
+    python extras/figures.py attention --maps --checkpoint $B/checkpoint.pth   # where a last block looks
+    python extras/figures.py search --checkpoint $B/checkpoint.pth   # where a query looks (3.3, Fig. 3)
+    python extras/figures.py curves --log $A $B   # k-NN over epochs, a band for seeds
+    python extras/figures.py losses --log $A $B                                 # all else that a log holds
+    python extras/figures.py crops --data FOLDER --global_size 224   # the views that mokd.py would make
 
-Each writes NAME.png, NAME.pdf and the numbers behind them, NAME.npz (--out NAME). An independent run is one of --losses sm.
-The images are center crops of validation images, of training images where there is no validation; crops and search show
-views of training images. A distance is one between the centers of patches, in pixels of the --image_size that the network sees.
+Each writes NAME.png, NAME.pdf and the numbers behind them, NAME.npz (--out NAME). Images are center crops of
+validation images, or of training images where there is no validation; crops and search show views of training
+images. A distance is one between the centers of patches, in pixels of the --image_size that the network sees.
 """
 import glob
 import importlib.util
@@ -29,41 +30,61 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Attention
 from torch.utils.data import Subset, default_collate
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))   # the repository, where mokd.py lies
+# mokd.py and eval_knn.py lie in the folder above this one.
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import mokd   # noqa: E402
 from eval_knn import Source, check_source, labels_of, load_backbones, progress_of   # noqa: E402
 from mokd import UserError, flag, say, warn   # noqa: E402
 
-ABOUT = ("FIGURE is one of tsne, attention, featuremap, search, crops, curves, losses. crops without --checkpoint takes the "
-         "settings of mokd.py, e.g. --data FOLDER --global_size 96 --jitter 0 0 0 0, and shows the views that training would see.")
-WORDS = dict(default=("",), nargs="+", low="", high=chr(sys.maxunicode))   # a flag of words: all lie between these two
+ABOUT = ("FIGURE is one of tsne, attention, featuremap, search, crops, curves, losses. crops without "
+         "--checkpoint takes the settings of mokd.py, e.g. --data FOLDER --global_size 96 --blur 0 0, and "
+         "shows the views that training would see.")
+# A flag of words: all words lie between these two.
+WORDS = dict(default=("",), nargs="+", low="", high=chr(sys.maxunicode))
+LARGEST = 1.1   # inches of a picture in a grid of pictures
 POINTS = 8   # size of all letters, also of legends, in a figure printed at its width
 
 @dataclass
 class Config(Source):
     """The command line of a figure."""
-    checkpoint: tuple = flag(help="checkpoint.pth of runs of mokd.py; what is unset below is the first's", group="models", **WORDS)
-    out: str = flag("", "write NAME.png, NAME.pdf, NAME.npz; unset: the figure's name, beside the first file", group="figure")
-    width: float = flag(7.0, "width in inches: 7 fills a page, 3.3 a column; letters have 8 points at any width", low=2.5)
+    checkpoint: tuple = flag(
+        help="checkpoint.pth of runs of mokd.py; what is unset below is the first's", group="models", **WORDS)
+
+    out: str = flag("", "write NAME.png, NAME.pdf, NAME.npz; unset: the figure's name, beside the first file",
+                    group="figure")
+    width: float = flag(7.0, "inches at most: 7 fills a page, 3.3 a column; letters always have 8 points",
+                       low=2.5)
     names: tuple = flag(help="what legends call the runs, in their order; unset: their folders", **WORDS)
-    images: int = flag(None, "averaged by attention and featuremap, unset: 128 [ViT, D.7]; shown by others, unset: 4", low=1)
+    images: int = flag(None, "images; unset: 128 of which attention and featuremap are the mean [ViT, D.7], "
+                       "4 where they are shown", low=1)
     batch_size: int = flag(16, "images of a forward pass; lower it for attention between many patches", low=1)
+
     maps: bool = flag(False, "draw the last block's attention over a few images [DINO]", group="attention")
-    stem: bool = flag(False, "show also what comes before the first stage (steps of less than 4 pixels)", group="featuremap")
+
+    stem: bool = flag(False, "show also what comes before the first stage (steps of less than 4 pixels)",
+                      group="featuremap")
+
     classes: int = flag(10, "classes, drawn by --seed; all if there are fewer [Fig. 4]", low=1, group="tsne")
     per_class: int = flag(50, "images of each class, drawn by --seed", low=1)
-    anchors: int = flag(512, "images to which those are compared, drawn by --seed from all others [Moschella et al.]", low=2)
+    anchors: int = flag(512, "images to which those are compared, drawn by --seed from all others "
+                        "[Moschella et al.]", low=2)
     perplexity: float = flag(30.0, "about the number of neighbors that a point keeps [scikit-learn]", low=1)
-    view: int = flag(1, "view that searches global view 0: 1 is the other global one, 2 and more are local", low=1, group="search")
-    log: tuple = flag(help="for each line or band: a log.jsonl, a folder (every log.jsonl in it is a seed of one setting), or "
-                           "a pattern in quotes, e.g. 'runs/mokd-*'", group="curves, losses", **WORDS)
+
+    view: int = flag(1, "the view that searches global view 0: 1 is the other global one, 2 and up are local",
+                     low=1, group="search")
+
+    log: tuple = flag(
+        help="for each line or band: a log.jsonl, a folder (each log.jsonl in it is a seed of one setting), "
+        "or a pattern in quotes, e.g. 'runs/mokd-*'", group="curves, losses", **WORDS)
     titles: tuple = flag(help="what the panels call model 1 and model 2", **WORDS)
-    pixels: float = flag(None, "curves: draw a dotted line at this top-1 (%), e.g. that of raw pixels", high=100)
+    pixels: float = flag(None, "top-1 (%) of a dotted line in curves, e.g. that of raw pixels", high=100)
+
     dtype = "fp32"   # no flag: a figure needs no speed
 
-# ------------------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------------------- command line
 def parse(argv=None):
-    """The command line, a figure's name first -> Config with .figure, .names of the runs, .views of crops. Raises UserError."""
+    """The command line, a figure's name first -> Config with .figure, .names of the runs, .views of crops.
+    Raises UserError."""
     argv = list(sys.argv[1:] if argv is None else argv)
     figure = argv.pop(0) if argv else ""
     if figure in ("-h", "--help"):
@@ -94,9 +115,11 @@ def parse(argv=None):
     if cfg.names and len(cfg.names) != len(names):
         raise UserError(f"--names: {len(cfg.names)} names for {len(names)} runs; give one for each")
     if not cfg.names and len({*names}) < len(names):
-        raise UserError(f"{' '.join(files)}: a run is called by its folder, and two are called alike: tell them apart with --names")
+        raise UserError(f"{' '.join(files)}: a run is called by its folder, and two are called alike: tell "
+                        "them apart with --names")
     cfg.names = cfg.names or names
-    folder = os.path.dirname(files[0]) if files and not os.path.isdir(files[0]) and not glob.has_magic(files[0]) else ""
+    beside = files[0] if files else ""
+    folder = beside if os.path.isdir(beside) else os.path.dirname(re.split(r"[*?[]", beside)[0])
     cfg.out = re.sub(r"\.(png|pdf|npz)$", "", cfg.out) or os.path.join(folder, figure)
     return cfg
 
@@ -115,7 +138,8 @@ def run(cfg):
     needed = ["matplotlib", "sklearn"] if cfg.figure == "tsne" else ["matplotlib"]
     for package in needed:
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"{cfg.figure} needs {package}, which is missing: pip install -r extras/requirements.txt")
+            raise UserError(f"{cfg.figure} needs {package}, which is missing: pip install -r "
+                            "extras/requirements.txt")
     import matplotlib
     device, _, world = mokd.join_processes()
     mokd.fill_in_machine(cfg, device, world)
@@ -126,8 +150,10 @@ def run(cfg):
     except OSError as error:
         raise UserError(f"--out {cfg.out}: {error.strerror}; give another name") from error
     # Type 42 keeps letters as letters in the PDF; publishers refuse matplotlib's default, type 3.
-    style = {"pdf.fonttype": 42, "font.size": POINTS, "axes.titlesize": POINTS, "axes.labelsize": POINTS, "lines.linewidth": 1.2,
-             "legend.fontsize": POINTS, "xtick.labelsize": POINTS, "ytick.labelsize": POINTS, "figure.titlesize": POINTS}
+    style = {"pdf.fonttype": 42, "lines.linewidth": 1.2, "font.size": POINTS}
+    for name in ("axes.titlesize", "axes.labelsize", "legend.fontsize", "xtick.labelsize", "ytick.labelsize",
+                 "figure.titlesize"):
+        style[name] = POINTS
     with matplotlib.rc_context(style):
         fig, numbers = FIGURES[cfg.figure](cfg, device)
         try:
@@ -135,18 +161,28 @@ def run(cfg):
             fig.savefig(f"{cfg.out}.pdf")
             np.savez(f"{cfg.out}.npz", **numbers)
         except OSError as error:
-            raise UserError(f"--out {cfg.out}: cannot be written ({error}); give another name", code=1) from error
+            raise UserError(f"--out {cfg.out}: cannot be written ({error}); give another name", 1) from error
     say(f"wrote {cfg.out}.png, {cfg.out}.pdf and the numbers behind them, {cfg.out}.npz")
 
-# ------------------------------------------------------------------------------------------------------------ drawing
+# ---------------------------------------------------------------------------------------------------- drawing
 def panels(cfg, rows, columns, height, **options):
-    """An empty figure of cfg.width inches with rows * columns panels, each `height` inches high -> figure, axes (rows, columns)."""
+    """An empty figure of cfg.width inches with rows * columns panels, each `height` inches high -> figure,
+    axes (rows, columns)."""
     from matplotlib.figure import Figure   # not pyplot: no screen, no state
     fig = Figure((cfg.width, height * rows), layout="constrained")
     return fig, fig.subplots(rows, columns, squeeze=False, **options)
 
+def grid(cfg, rows, columns):
+    """An empty figure of square pictures, cfg.width inches wide or less -> figure, axes (rows, columns)."""
+    from matplotlib.figure import Figure
+    beside = 0.2   # inches for labels, on the mean
+    size = min(LARGEST, cfg.width / columns - beside)
+    fig = Figure((columns * (size + beside), rows * (size + 0.06) + 0.9), layout="constrained")
+    return fig, fig.subplots(rows, columns, squeeze=False)
+
 def legend(fig, handles):
-    """One legend for the whole figure, below its panels, in as many columns as its width holds; makes room for it."""
+    """One legend for the whole figure, below its panels, in as many columns as its width holds; makes room
+    for it."""
     width, height = fig.get_size_inches()
     longest = max(len(handle.get_label()) for handle in handles)
     columns = min(len(handles), max(1, int(width / (0.5 + 0.065 * longest))))
@@ -163,7 +199,8 @@ def look_of(k):
     return dict(color=f"C{k % 10}", marker="osD^v"[k % 5], markersize=3.5)
 
 def line(ax, x, values, **options):
-    """Values (runs or images, n) at x (n,): their mean as a line, plus and minus their standard deviation as a band."""
+    """Values (runs or images, n) at x (n,): their mean as a line, plus and minus their standard deviation as
+    a band."""
     mean = values.mean(0)
     ax.plot(x, mean, **options)
     if len(values) > 1:
@@ -171,8 +208,8 @@ def line(ax, x, values, **options):
         ax.fill_between(x, mean - deviation, mean + deviation, color=options["color"], alpha=0.2, linewidth=0)
 
 def picture(ax, image, values=None, high=1.0):
-    """An image (3, H, W) in [0, 1]; with values of its patches (h, w) in gray, and those in color over it, from 0 to high ->
-    what a color bar needs."""
+    """An image (3, H, W) in [0, 1]; with values of its patches (h, w) in gray, and those in color over it,
+    from 0 to high -> what a color bar needs."""
     ax.set(xticks=[], yticks=[])
     for spine in ax.spines.values():
         spine.set_visible(False)
@@ -180,7 +217,8 @@ def picture(ax, image, values=None, high=1.0):
         return ax.imshow(image.transpose(1, 2, 0))
     gray, (_, H, W) = image.mean(0), image.shape
     ax.imshow(gray, cmap="gray", vmin=0, vmax=1)
-    return ax.imshow(values, cmap="inferno", vmin=0, vmax=high, alpha=0.65, extent=(-0.5, W - 0.5, H - 0.5, -0.5))
+    extent = (-0.5, W - 0.5, H - 0.5, -0.5)   # that of the image
+    return ax.imshow(values, cmap="inferno", vmin=0, vmax=high, alpha=0.65, extent=extent)
 
 def high_end(arrays):
     """Upper end of a color scale that is the same for some arrays: what 99.5 % of the values keep below."""
@@ -188,17 +226,20 @@ def high_end(arrays):
     return max(float(np.quantile(every, 0.995)), 1e-6)
 
 def color_bar(fig, shown, axes, label):
-    bar = fig.colorbar(shown, ax=axes, location="bottom", extend="max", aspect=30, shrink=0.9, pad=0.02, label=label)
+    bar = fig.colorbar(shown, ax=axes, location="bottom", extend="max", aspect=30, shrink=0.9, pad=0.02)
+    bar.set_label(label)
     bar.outline.set_visible(False)
 
-# ------------------------------------------------------------------------------------------------- models and images
+# ------------------------------------------------------------------------------------------ models and images
 def load(cfg):
-    """-> {run: {model: Backbone}}, the images. Unset data, data_root, image_size and resize are the first checkpoint's."""
+    """-> {run: {model: Backbone}}, the images. Unset data, data_root, image_size and resize are the first
+    checkpoint's."""
     runs = {}
     for name, file in zip(cfg.names, cfg.checkpoint or [""]):
         own = replace(cfg, checkpoint=file)
         runs[name] = load_backbones(own)
-        cfg.data, cfg.data_root, cfg.image_size, cfg.resize = own.data, own.data_root, own.image_size, own.resize
+        for field in ("data", "data_root", "image_size", "resize"):
+            setattr(cfg, field, getattr(own, field))
     train, val = mokd.get_data(cfg)
     return runs, val if val is not None and len(val) else train
 
@@ -207,7 +248,8 @@ def draw(images, n, *key):
     return torch.randperm(len(images), generator=mokd.generator(*key))[:n].tolist()
 
 def look(backbones, images, rows, cfg, device, what):
-    """Center crops of some rows of images through backbones -> [features (n, C)], labels (n,), below 0 for an unreadable one."""
+    """Center crops of some rows of images through backbones -> [features (n, C)], labels (n,), below 0 for an
+    unreadable one."""
     views = mokd.EvalView(Subset(images, rows), cfg.image_size, cfg.resize)
     backbones = [backbone.to(device) for backbone in backbones]
     features, labels = mokd.extract_features(backbones, views, device, cfg.batch_size, cfg.workers,
@@ -222,8 +264,9 @@ def settings_of(saved):
     return mokd.Config(**{name: value for name, value in saved["config"].items() if name in known})
 
 def views_of(settings, images, index, device):
-    """Views of some images -> [(B, 3, s, s) normalized, for each of 2 + L views], [the same in [0, 1] as numpy]. The crops are
-    those of epoch 0; flips and colors, which mokd.py draws by an image's place in its batch, are drawn anew."""
+    """Views of some images -> [(B, 3, s, s) normalized, for each of 2 + L views], [the same in [0, 1] as
+    numpy]. The crops are those of epoch 0; flips and colors, which mokd.py draws by an image's place in its
+    batch, are drawn anew."""
     settings.batch_size = len(index)
     dataset = mokd.MultiCrop(images, settings)
     batch = default_collate([dataset[0, i] for i in index])
@@ -236,9 +279,10 @@ def views_of(settings, images, index, device):
         views += group.split(len(index))
     return views, [(view.cpu() * std + mean).clamp(0, 1).numpy() for view in views]
 
-# -------------------------------------------------------------------------------------------------- features (Fig. 4)
+# ------------------------------------------------------------------------------------------ features (Fig. 4)
 # Ten colors without gray and black, which belong to the models' markers in the legend.
-COLORS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#000075", "#bcbd22", "#17becf"]
+COLORS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd",
+          "#8c564b", "#e377c2", "#000075", "#bcbd22", "#17becf"]
 TOY = ("disk", "ring", "bar", "cross", "two bars", "triangle", "half disk", "bow tie")
 
 def names_of_classes(images, data, n):
@@ -249,14 +293,16 @@ def names_of_classes(images, data, n):
     return [name[0] if isinstance(name, tuple) else str(name) for name in names]   # a tuple: synonyms
 
 def relative(features, anchors):
-    """Features of images (n, C) and of anchor images (A, C) -> (n, A), in which models of any width can be compared: cosines of
-    an image to the anchors, as Moschella et al. (2023), then each column to mean 0 and deviation 1, each row to length 1. So
-    how alike a model finds images on the whole does not count, only which anchors an image resembles more than others do."""
+    """Features of images (n, C) and of anchor images (A, C) -> (n, A), in which models of any width can be
+    compared: cosines of an image to the anchors, as Moschella et al. (2023), then each column to mean 0 and
+    deviation 1, each row to length 1. So how alike a model finds images on the whole does not count, only
+    which anchors an image resembles more than others do."""
     cosine = F.normalize(features, dim=1) @ F.normalize(anchors, dim=1).T
     return F.normalize((cosine - cosine.mean(0)) / cosine.std(0).clamp_min(1e-6), dim=1)
 
 def agreement(z1, z2, labels):
-    """Percent of points (n, A) whose nearest point of the other model, that of the same image left out, is of the same class."""
+    """Percent of points (n, A) whose nearest point of the other model, that of the same image left out, is of
+    the same class."""
     cosine = (z1 @ z2.T).fill_diagonal_(-2)
     hits = [(labels[cosine.argmax(dim)] == labels).float().mean().item() for dim in (0, 1)]
     return 50 * sum(hits)
@@ -273,9 +319,9 @@ def tsne(cfg, device):
     rows = torch.cat([order[labels[order] == c][:cfg.per_class] for c in classes])
     others = order[~torch.isin(order, rows)][:cfg.anchors]
     if len(others) < 2:
-        raise UserError(f"--per_class {cfg.per_class}: leaves no images of --data {cfg.data} as anchors; lower it")
+        raise UserError(f"--per_class {cfg.per_class}: leaves no image of {cfg.data} as anchors; lower it")
     if cfg.perplexity >= len(rows):
-        raise UserError(f"--perplexity {cfg.perplexity:g}: must be less than the number of images, {len(rows)}; lower it")
+        raise UserError(f"--perplexity {cfg.perplexity:g}: must be below the number of images, {len(rows)}")
 
     fig, axes = panels(cfg, 1, len(runs), cfg.width / len(runs) + 0.5)
     numbers = dict(images=rows.numpy(), anchors=others.numpy())
@@ -289,7 +335,8 @@ def tsne(cfg, device):
         z = [relative(f[y >= 0], a[readable >= 0]) for f, a in zip(features, anchors)]
         y = y[y >= 0]
         say(f"{run}: t-SNE of {len(z) * len(y):,} points, compared to {len(others)} anchors ...")
-        xy = TSNE(perplexity=cfg.perplexity, init="pca", random_state=cfg.seed % 2 ** 32).fit_transform(torch.cat(z).numpy())
+        embedding = TSNE(perplexity=cfg.perplexity, init="pca", random_state=cfg.seed % 2 ** 32)
+        xy = embedding.fit_transform(torch.cat(z).numpy())
         numbers[f"{run}/labels"] = y.numpy()
         color = [colors[c] for c in torch.searchsorted(classes, y)]
         for model, marker, points, of_model in zip(backbones, "o^", xy.reshape(len(z), -1, 2), z):
@@ -308,24 +355,27 @@ def tsne(cfg, device):
     legend(fig, handles)
     return fig, numbers
 
-# ------------------------------------------------------------------------------------------ attention's reach (Fig. 5)
+# --------------------------------------------------------------------------------- attention's reach (Fig. 5)
 def distances(h, w, size, device=None, rows=slice(None)):
-    """Pixels between the centers of h * w patches, row by row, of an image of size * size pixels -> (h w, h w), or some rows."""
+    """Pixels between the centers of h * w patches, row by row, of an image of size * size pixels -> (h w, h
+    w), or some rows."""
     patch = torch.arange(h * w, device=device)
     y, x = patch // w * (size / h), patch % w * (size / w)
     return torch.hypot(y[rows, None] - y, x[rows, None] - x)
 
 def mean_distance(attention, apart):
-    """Attention (..., Q, N), a query's of sum 1, and distances (Q, N) -> (...): the distances to all keys weighted by attention,
-    then the mean over queries [ViT: Dosovitskiy et al. 2021, D.7]."""
+    """Attention (..., Q, N), a query's of sum 1, and distances (Q, N) -> (...): the distances to all keys
+    weighted by attention, then the mean over queries [ViT: Dosovitskiy et al. 2021, D.7]."""
     return (attention * apart).sum(-1).mean(-1)
 
 def logits_of(module, x, output):
-    """Attention of a timm Attention with this output for tokens x (B, N, C), before its softmax -> (B, heads, N, N).
+    """Attention of a timm Attention with this output for tokens x (B, N, C), before its softmax -> (B, heads,
+    N, N).
 
-    timm's fused attention hands out no weights, so they are computed once more; that they make the same output shows that they
-    are the module's. Raises UserError where they do not."""
-    q, k, v = module.qkv(x).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)   # (B, heads, N, d)
+    timm's fused attention hands out no weights, so they are computed once more; that they make the same
+    output shows that they are the module's. Raises UserError where they do not."""
+    qkv = module.qkv(x).unflatten(-1, (3, module.num_heads, -1))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)   # (B, heads, N, d)
     logits = module.q_norm(q) * module.scale @ module.k_norm(k).mT
     y = (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)
     if hasattr(module, "norm"):
@@ -335,12 +385,14 @@ def logits_of(module, x, output):
     return logits
 
 def attention_of(module, x, output, prefix):
-    """Attention between patches -> (B, heads, n, n), n = N - prefix. CLS and other prefix tokens are left out as queries and as
-    keys, and a query's attention to patches is scaled to sum 1: the softmax over patches alone."""
+    """Attention between patches -> (B, heads, n, n), n = N - prefix. CLS and other prefix tokens are left out
+    as queries and as keys, and a query's attention to patches is scaled to sum 1: the softmax over patches
+    alone."""
     return logits_of(module, x, output)[..., prefix:, prefix:].softmax(-1)
 
 def check_patches(backbone, x):
-    """-> patches on a side. Raises UserError if a layer's tokens x are not all patches of the image and the prefix."""
+    """-> patches on a side. Raises UserError if a layer's tokens x are not all patches of the image and the
+    prefix."""
     side = math.isqrt(backbone.num_tokens)
     if x.dim() != 3 or x.shape[1] != backbone.prefix + side ** 2:
         raise UserError("its attention is not between all patches")
@@ -348,7 +400,8 @@ def check_patches(backbone, x):
 
 def layers_of(backbone):
     """-> {name: module} of a ViT's attention, first layer first."""
-    return {name.removesuffix(".attn"): m for name, m in backbone.model.named_modules() if isinstance(m, Attention)}
+    modules = backbone.model.named_modules()
+    return {name.removesuffix(".attn"): module for name, module in modules if isinstance(module, Attention)}
 
 def read_layer(backbone, size, module, x, output):
     """-> (B, heads + 1): the mean distance of each head and, last, that of uniform attention."""
@@ -358,8 +411,9 @@ def read_layer(backbone, size, module, x, output):
     return torch.cat([found, apart.mean().expand(len(x), 1)], 1)
 
 def of_map(Z, size):
-    """Feature map Z (C, H, W) -> (2,): its mean distance, that of uniform attention. Its self-attention: position i attends to
-    every j, itself too, by the softmax over j of z_i . z_j / sqrt(C), where z are the channels there, as they are."""
+    """Feature map Z (C, H, W) -> (2,): its mean distance, that of uniform attention. Its self-attention:
+    position i attends to every j, itself too, by the softmax over j of z_i . z_j / sqrt(C), where z are the
+    channels there, as they are."""
     C, H, W = Z.shape
     z, total = Z.flatten(1).T.float(), 0
     for rows in torch.arange(H * W, device=z.device).split(1024):   # early maps have 10^4 positions
@@ -384,7 +438,8 @@ def read_stage(backbone, size, module, x, output):
     return torch.stack([of_map(Z, size) for Z in maps])
 
 def hook(modules, read):
-    """Keep read(module, input, output) of each forward pass -> {module: [...]}, a function that takes the hooks away."""
+    """Keep read(module, input, output) of each forward pass -> {module: [...]}, a function that takes the
+    hooks away."""
     kept = {module: [] for module in modules}
     def keep(module, inputs, output):
         kept[module].append(read(module, inputs[0], output))
@@ -395,8 +450,8 @@ def hook(modules, read):
     return kept, remove
 
 def measure(cfg, device, kind, modules_of, read):
-    """-> {(run, model): (names, distances (images, layers, heads + 1))}. A model of another kind is left out with a word; raises
-    UserError if there is no other."""
+    """-> {(run, model): (names, distances (images, layers, heads + 1))}. A model of another kind is left out
+    with a word; raises UserError if there is no other."""
     runs, images = load(cfg)
     drawn, found = draw(images, cfg.images or 128, cfg.seed, "images"), {}
     for run, backbones in runs.items():
@@ -419,8 +474,8 @@ def measure(cfg, device, kind, modules_of, read):
     return found
 
 def show_distances(cfg, found, what):
-    """A panel for each architecture, in it a line for each run of it, with the deviation over images as a band, and a dot for
-    each head -> figure, numbers."""
+    """A panel for each architecture, in it a line for each run of it, with the deviation over images as a
+    band, and a dot for each head -> figure, numbers."""
     by_arch, numbers = {}, {}
     for run, model in found:
         by_arch.setdefault(model.split()[-1], []).append((run, model))
@@ -430,9 +485,9 @@ def show_distances(cfg, found, what):
         for run, model in series:
             names, pixels = found[run, model]
             of_heads, uniform = pixels[..., :-1], pixels[0, :, -1]
-            for name, value in dict(distance=of_heads.mean(0), deviation=of_heads.std(0), uniform=uniform, names=names,
-                                    band=of_heads.mean(-1).std(0)).items():
-                numbers[f"{run}/{model}/{name}"] = value
+            start = f"{run}/{model}"
+            numbers |= {f"{start}/distance": of_heads.mean(0), f"{start}/deviation": of_heads.std(0),
+                        f"{start}/uniform": uniform, f"{start}/names": names}
             twice = sum(other == run for other, _ in series) > 1
             label = f"{run}, model {model.split()[0]}" if twice else run
             looks.setdefault(label, look_of(len(looks)))
@@ -440,7 +495,8 @@ def show_distances(cfg, found, what):
             line(ax, x, of_heads.mean(-1), **looks[label])
             if of_heads.shape[-1] > 1:
                 heads = True
-                aside = x + 0.1 * (1 + [*looks].index(label))   # so that the runs' dots do not hide each other
+                # Beside the line, so that the dots of two runs do not hide each other.
+                aside = x + 0.1 * (1 + [*looks].index(label))
                 ax.plot(aside, of_heads.mean(0), ".", color=looks[label]["color"], markersize=4, alpha=0.6)
             ax.plot(x, uniform, ":", color="black")
         longest = max([found[s][0] for s in series], key=len)
@@ -472,15 +528,16 @@ def featuremap(cfg, device):
     return show_distances(cfg, measure(cfg, device, "CNN", modules_of, read_stage), "stage")
 
 def map_of(backbone, module, x, output):
-    """Attention to each patch, of sum 1 -> (B, heads, n): that of CLS, where CLS is the model's feature; where the mean of the
-    patches is, the mean over patches as queries."""
+    """Attention to each patch, of sum 1 -> (B, heads, n): that of CLS, where CLS is the model's feature;
+    where the mean of the patches is, the mean over patches as queries."""
     check_patches(backbone, x)
     if backbone.cls:
         return logits_of(module, x, output)[:, :, 0, backbone.prefix:].softmax(-1)
     return attention_of(module, x, output, backbone.prefix).mean(2)
 
 def attention_maps(cfg, device):
-    """A row for each image and run, a column for each head of the last block, and their mean, over the image."""
+    """A row for each image and run, a column for each head of the last block, and their mean, over the
+    image."""
     runs, images = load(cfg)
     index = draw(images, cfg.images or 4, cfg.seed, "images")
     views = mokd.EvalView(Subset(images, index), cfg.image_size, cfg.resize)
@@ -507,7 +564,7 @@ def attention_maps(cfg, device):
         raise UserError("attention: no model is left; give --checkpoint or --arch of a ViT")
 
     high, most = high_end(maps.values()), max(found.shape[1] for found in maps.values())
-    fig, axes = panels(cfg, len(index) * len(maps), 1 + most, cfg.width / (1.3 + most))
+    fig, axes = grid(cfg, len(index) * len(maps), 1 + most)
     for ax in axes.flat:
         ax.axis("off")
     for row, pair in enumerate((i, label) for i in range(len(index)) for label in maps):
@@ -523,20 +580,15 @@ def attention_maps(cfg, device):
                 ax.set_title(f"head\n{head}" if head < len(found) else "mean")
     axes[0, 0].set_title("image")
     color_bar(fig, shown, axes, f"attention to a patch, times uniform; {' or '.join(sorted(queries))}")
-    grow(fig, 0.6)
     return fig, numbers
 
-def grow(fig, height):
-    """Add inches to a figure's height, for what stands below its panels."""
-    width, before = fig.get_size_inches()
-    fig.set_size_inches(width, before + height)
-
-# ------------------------------------------------------------------------- what the feature search looks at (3.3, Fig. 3)
+# ------------------------------------------------------------- what the feature search looks at (3.3, Fig. 3)
 @torch.no_grad()
 def look_of_search(t_head, Z, query):
-    """Tokens Z (B, N, C) and a query (B, dim) of each image, through a T-Head -> attention (B, blocks, N) of the query to the
-    tokens in each block, the mean over heads, whose sum is 1 less what the query pays to itself; change (B, N) of each output
-    token by the query: the norm of the difference that the query makes, over the norm of the token without it."""
+    """Tokens Z (B, N, C) and a query (B, dim) of each image, through a T-Head -> attention (B, blocks, N) of
+    the query to the tokens in each block, the mean over heads, whose sum is 1 less what the query pays to
+    itself; change (B, N) of each output token by the query: the norm of the difference that the query makes,
+    over the norm of the token without it."""
     norm = next(m for m in t_head.children() if isinstance(m, nn.LayerNorm))   # what leaves it is averaged
     def read_query(module, x, output):
         return logits_of(module, x, output).softmax(-1)[:, :, 0, 1:].mean(1)
@@ -556,9 +608,9 @@ def look_of_search(t_head, Z, query):
 
 @torch.no_grad()
 def searches_of(models, query_view, searched_view):
-    """Both directions of a pair -> {"1 to 2": (attention (B, blocks, N), change (B, N)), "2 to 1": ...}: student 1's view as the
-    query among the tokens of momentum net 2, and the other way round. All nets as in evaluation: no stochastic depth, running
-    statistics of batch norm."""
+    """Both directions of a pair -> {"1 to 2": (attention (B, blocks, N), change (B, N)), "2 to 1": ...}:
+    student 1's view as the query among the tokens of momentum net 2, and the other way round. All nets as in
+    evaluation: no stochastic depth, running statistics of batch norm."""
     found = {}
     for searcher, searched in (models, models[::-1]):
         student, momentum_net = searcher.net.eval(), searched.momentum_net.eval()
@@ -569,21 +621,24 @@ def searches_of(models, query_view, searched_view):
     return found
 
 def effective(attention):
-    """Attention (..., N) to tokens -> (...): the number of tokens over which it is spread, exp of its entropy; uniform: N."""
+    """Attention (..., N) to tokens -> (...): the number of tokens over which it is spread, exp of its
+    entropy; uniform: N."""
     p = attention / attention.sum(-1, keepdims=True)
     return np.exp(-(p * np.log(np.maximum(p, 1e-30))).sum(-1))
 
 def search(cfg, device):
-    """Two rows for each image: trained above untrained. Left the view that searches and the one that is searched, then, for each
-    direction, the query's attention in each block and the change of the tokens that the query causes."""
+    """Two rows for each image: trained above untrained. Left the view that searches and the one that is
+    searched, then, for each direction, the query's attention in each block and the change of the tokens that
+    the query causes."""
     saved = mokd.read_checkpoint(cfg.checkpoint[0], "Give the checkpoint.pth of a run of mokd.py")
     settings = settings_of(saved)
     if "t" not in settings.losses:
-        raise UserError(f"search: {cfg.checkpoint[0]} was trained with --losses {settings.losses}, which has no T-Head; give a run with ct")
+        raise UserError(f"search: {cfg.checkpoint[0]} was trained with --losses {settings.losses}, which "
+                        "has no T-Head; give a run with ct")
     if cfg.view > 1 + settings.local_crops:
         raise UserError(f"--view {cfg.view}: the run has views 0 to {1 + settings.local_crops}; lower it")
-    settings.init1 = settings.init2 = ""   # untrained means untrained, and what was trained is in the checkpoint
-    settings.compile = False
+    # Untrained means untrained, and what was trained is in the checkpoint.
+    settings.init1, settings.init2, settings.compile = "", "", False
     settings.data, settings.data_root = cfg.data or settings.data, cfg.data_root or settings.data_root
     images = mokd.get_data(settings)[0]
     index = draw(images, cfg.images or 4, cfg.seed, "images")
@@ -599,12 +654,15 @@ def search(cfg, device):
         for direction, (weights, change) in found.items():
             numbers |= {f"{direction}/{name}/attention": weights, f"{direction}/{name}/change": change}
             spread = ", ".join(f"{n:.1f}" for n in effective(weights).mean(0))
-            say(f"{direction}, {name}: the query attends to {spread} of {weights.shape[-1]} tokens (effective number, by block), "
-                f"pays them {100 * weights.sum(-1).mean():.0f} %, and changes a token by {100 * change.mean():.1f} %")
+            to_tokens = 100 * weights.sum(-1).mean()
+            say(f"{direction}, {name}: {to_tokens:.0f} % of the query's attention goes to tokens, spread "
+                f"over {spread} of {weights.shape[-1]} (exp of its entropy, by block); it changes a token by "
+                f"{100 * change.mean():.2f} %")
     return show_search(cfg, settings, rows, pixels[cfg.view], pixels[0]), numbers
 
 def show_search(cfg, settings, rows, query_view, searched_view):
-    """The figure of search: rows {"trained": {direction: (attention, change)}, "untrained": ...}, views (B, 3, s, s)."""
+    """The figure of search: rows {"trained": {direction: (attention, change)}, "untrained": ...}, views (B,
+    3, s, s)."""
     cells = {}   # (name, direction) -> [maps (B, N) of the blocks, times uniform; of the change in percent]
     for name, found in rows.items():
         for direction, (weights, change) in found.items():
@@ -613,36 +671,36 @@ def show_search(cfg, settings, rows, query_view, searched_view):
     high_change = high_end([maps[-1] for maps in cells.values()])
     depth, directions = settings.t_depth, [*rows["trained"]]
     columns = 1 + len(directions) * (depth + 1)
-    fig, axes = panels(cfg, 2 * len(query_view), columns, cfg.width / (columns + 0.7))
-    for i in range(len(query_view)):
-        for below, (name, view, label) in enumerate((("trained", query_view, "query"), ("untrained", searched_view, "searched"))):
-            row = axes[2 * i + below]
-            picture(row[0], view[i])
-            row[0].set_ylabel(label)
-            column = 1
-            for direction in directions:
-                row[column].set_ylabel(name)
-                for block, maps in enumerate(cells[name, direction], 1):
-                    side, changed = math.isqrt(maps.shape[-1]), block > depth
-                    shown = picture(row[column], searched_view[i], maps[i].reshape(side, side), high_change if changed else high)
-                    if changed:
-                        shown_change = shown
-                    else:
-                        shown_attention = shown
-                    if 2 * i + below == 0:
-                        row[column].set_title(direction.replace(" to ", "→") + ("\nchange" if changed else f"\nblock {block}"))
-                    column += 1
+    fig, axes = grid(cfg, 2 * len(query_view), columns)
+    for row, cells_of_row in enumerate(axes):
+        i, name = row // 2, "untrained" if row % 2 else "trained"
+        picture(cells_of_row[0], searched_view[i] if row % 2 else query_view[i])
+        cells_of_row[0].set_ylabel("searched" if row % 2 else "query")
+        column = 1
+        for direction in directions:
+            cells_of_row[column].set_ylabel(name)
+            for block, maps in enumerate(cells[name, direction], 1):
+                ax, side = cells_of_row[column], math.isqrt(maps.shape[-1])
+                what = f"block {block}" if block <= depth else "change"
+                if block <= depth:
+                    of_attention = picture(ax, searched_view[i], maps[i].reshape(side, side), high)
+                else:
+                    of_change = picture(ax, searched_view[i], maps[i].reshape(side, side), high_change)
+                if row == 0:
+                    ax.set_title(f"{direction.replace(' to ', '→')}\n{what}")
+                column += 1
     axes[0, 0].set_title("views")
     middle = columns // 2
-    color_bar(fig, shown_attention, axes[:, :middle], "query's attention, times uniform")
-    color_bar(fig, shown_change, axes[:, middle:], "change of a token by the query (%)")
-    fig.suptitle(f"1→2: a query of 1 ({settings.arch1}) among the tokens of 2 ({settings.arch2}), 2→1: the other way round")
-    grow(fig, 0.9)
+    color_bar(fig, of_attention, axes[:, :middle], "query's attention, times uniform")
+    color_bar(fig, of_change, axes[:, middle:], "change of a token by the query (%)")
+    fig.suptitle(f"1→2: a query of 1 ({settings.arch1}) among the tokens of 2 ({settings.arch2}); "
+                 "2→1: the other way")
     return fig
 
-# -------------------------------------------------------------------------------------------------------------- views
+# ------------------------------------------------------------------------------------------------------ views
 def crops(cfg, device):
-    """A row an image, a column a view, all at one scale: those of a run (--checkpoint), or of mokd.py's settings."""
+    """A row an image, a column a view, all at one scale: those of a run (--checkpoint), or of mokd.py's
+    settings."""
     settings = cfg.views
     if settings is None:
         saved = mokd.read_checkpoint(cfg.checkpoint[0], "Give the checkpoint.pth of a run of mokd.py")
@@ -656,8 +714,9 @@ def crops(cfg, device):
     from matplotlib.figure import Figure
     sizes, gap, top = [view.shape[-1] for view in pixels], 0.03, 0.2   # pixels; inches
     inches = (cfg.width - gap * (len(sizes) + 1)) / sum(sizes)        # of a pixel
+    inches = min(inches, LARGEST / max(sizes))
     height = max(sizes) * inches
-    fig = Figure((cfg.width, top + len(index) * (height + gap)))
+    fig = Figure((gap * (len(sizes) + 1) + inches * sum(sizes), top + len(index) * (height + gap)))
     width, total = fig.get_size_inches()
     for row in range(len(index)):
         x = gap
@@ -672,18 +731,20 @@ def crops(cfg, device):
     numbers["local"] = np.stack(pixels[2:]) if pixels[2:] else np.empty(0)
     return fig, numbers
 
-# ---------------------------------------------------------------------------------------------------------------- logs
+# ------------------------------------------------------------------------------------------------------- logs
 LOSSES = ("sm", "st", "cm", "ct")
-PANELS = {"self-distillation\nloss": ("sm", "st"), "cross-distillation\nloss": ("cm", "ct"),   # MLP-Head, T-Head
-          "entropy of\ntargets (nats)": ("entropy_m", "entropy_t"), "spread of\ntargets (nats)": ("spread_m", "spread_t"),
-          "learning rate": ("lr",)}
+PANELS = {   # label -> what the MLP-Head has, what the T-Head has
+    "self-distillation\nloss": ("sm", "st"), "cross-distillation\nloss": ("cm", "ct"),
+    "entropy of\ntargets (nats)": ("entropy_m", "entropy_t"),
+    "spread of\ntargets (nats)": ("spread_m", "spread_t"), "learning rate": ("lr",)}
 LOGGED = ["loss", "knn"] + [name for group in PANELS.values() for name in group]
 
 def name_of_setting(argument):
     """What --log gives -> its name: a file's folder, a folder's name, what a pattern begins with."""
     if glob.has_magic(argument):
         return os.path.basename(re.split(r"[*?[]", argument)[0].rstrip("/-_."))
-    return os.path.basename(os.path.abspath(argument if os.path.isdir(argument) else os.path.dirname(os.path.abspath(argument))))
+    path = os.path.abspath(argument)
+    return os.path.basename(path if os.path.isdir(path) else os.path.dirname(path))
 
 def files_of(argument):
     """What --log gives -> its logs: a file, every log.jsonl in a folder, or those of a pattern."""
@@ -698,8 +759,9 @@ def files_of(argument):
     return found
 
 def read_log(file):
-    """log.jsonl -> {name: {step: value}}, k-NN by the epochs trained. Of a step that a resumed run did again, the last record
-    counts. Torn lines, which a killed run or a full disk leaves, are skipped with a word. Raises UserError."""
+    """log.jsonl -> {name: {step: value}}, k-NN by the epochs trained. Of a step that a resumed run did again,
+    the last record counts. Torn lines, which a killed run or a full disk leaves, are skipped with a word.
+    Raises UserError."""
     names = {f"{name}{i}" for name in LOGGED for i in "12"}
     table, torn = {}, []
     try:
@@ -727,7 +789,8 @@ def read_log(file):
     return table
 
 def read_logs(cfg):
-    """-> {setting: [table of read_log, for each run]}. In a folder other programs may have logs: skipped with a word."""
+    """-> {setting: [table of read_log, for each run]}. In a folder other programs may have logs: skipped with
+    a word."""
     settings = {}
     for name, argument in zip(cfg.names, cfg.log):
         settings[name] = []
@@ -743,14 +806,16 @@ def read_logs(cfg):
     return settings
 
 def together(tables, name, setting):
-    """Tables of the runs of one setting -> the steps (n,) at which all have a value of this name, the values (runs, n)."""
+    """Tables of the runs of one setting -> the steps (n,) at which all have a value of this name, the values
+    (runs, n)."""
     steps = {*tables[0].get(name, {})}
     every = set(steps)
     for table in tables[1:]:
         steps &= {*table.get(name, {})}
         every |= {*table.get(name, {})}
     if len(steps) < len(every):
-        warn(f"{setting}: {name} is shown at the {len(steps)} of {len(every)} steps that all {len(tables)} runs have")
+        warn(f"{setting}: {name} is shown at {len(steps)} of {len(every)} steps, those that all "
+             f"{len(tables)} logs have")
     steps, values = sorted(steps), []
     for table in tables:
         values.append([table[name][step] for step in steps])
@@ -778,13 +843,15 @@ def keys_of_settings(settings):
     return handles
 
 def curves(cfg, device):
-    """k-NN over epochs, a panel a model; a line for each setting, the mean of its runs, and their standard deviation as a band."""
+    """k-NN over epochs, a panel a model; a line for each setting, the mean of its runs, and their standard
+    deviation as a band."""
     settings, numbers = read_logs(cfg), {}
     fig, axes = panels(cfg, 1, 2, 2.3, sharex=True, sharey=True)
     for i, ax, title in zip("12", axes[0], titles_of(cfg)):
         for k, (name, tables) in enumerate(settings.items()):
             if not add_line(ax, numbers, name, tables, f"knn{i}", **look_of(k)):
-                raise UserError(f"curves: the logs of {name} have no k-NN in common; train with --knn_every, or draw losses")
+                raise UserError(f"curves: the logs of {name} have no k-NN in common; train with "
+                                "--knn_every, or draw losses")
         if cfg.pixels is not None:
             ax.axhline(cfg.pixels, linestyle=":", color="black")
         ax.set(title=title, xlabel="epochs")
@@ -797,8 +864,8 @@ def curves(cfg, device):
     return fig, numbers
 
 def losses(cfg, device):
-    """A row a quantity, a column a model, a line and band for each setting. A total of losses shares a panel only with totals of
-    the same terms."""
+    """A row a quantity, a column a model, a line and band for each setting. A total of losses shares a panel
+    only with totals of the same terms."""
     settings, numbers = read_logs(cfg), {}
     rows = []   # (label, names, settings shown)
     for name, tables in settings.items():
@@ -820,7 +887,8 @@ def losses(cfg, device):
             for k, (name, tables) in enumerate(settings.items()):
                 for quantity, style in zip(group, ("-", "--")):
                     if name in shown:
-                        add_line(ax, numbers, name, tables, f"{quantity}{i}", color=f"C{k % 10}", linestyle=style)
+                        look = dict(color=f"C{k % 10}", linestyle=style)
+                        add_line(ax, numbers, name, tables, f"{quantity}{i}", **look)
     for ax, title in zip(axes[0], titles_of(cfg)):
         ax.set_title(title)
     for ax in axes[-1]:
@@ -844,7 +912,8 @@ def any_has(settings, row):
                 return True
     return False
 
-FIGURES = dict(tsne=tsne, attention=attention, featuremap=featuremap, search=search, crops=crops, curves=curves, losses=losses)
+FIGURES = dict(tsne=tsne, attention=attention, featuremap=featuremap, search=search, crops=crops,
+               curves=curves, losses=losses)
 
 if __name__ == "__main__":
     sys.exit(mokd.main(program="extras/figures.py", parse=parse, run=run))
