@@ -41,6 +41,7 @@ ABOUT = ("FIGURE is one of tsne, attention, featuremap, search, crops, curves, l
          "shows the views that training would see.")
 # A flag of words: all words lie between these two.
 WORDS = dict(default=("",), nargs="+", low="", high=chr(sys.maxunicode))
+COLUMN = 3.5    # inches of a panel with axes, at most
 LARGEST = 1.1   # inches of a picture in a grid of pictures
 POINTS = 8   # size of all letters, also of legends, in a figure printed at its width
 
@@ -166,10 +167,10 @@ def run(cfg):
 
 # ---------------------------------------------------------------------------------------------------- drawing
 def panels(cfg, rows, columns, height, **options):
-    """An empty figure of cfg.width inches with rows * columns panels, each `height` inches high -> figure,
+    """An empty figure with rows * columns panels, each `height` inches high and at most a column wide -> figure,
     axes (rows, columns)."""
     from matplotlib.figure import Figure   # not pyplot: no screen, no state
-    fig = Figure((cfg.width, height * rows), layout="constrained")
+    fig = Figure((min(cfg.width, COLUMN * columns), height * rows), layout="constrained")
     return fig, fig.subplots(rows, columns, squeeze=False, **options)
 
 def grid(cfg, rows, columns):
@@ -226,7 +227,7 @@ def high_end(arrays):
     return max(float(np.quantile(every, 0.995)), 1e-6)
 
 def color_bar(fig, shown, axes, label):
-    bar = fig.colorbar(shown, ax=axes, location="bottom", extend="max", aspect=30, shrink=0.9, pad=0.02)
+    bar = fig.colorbar(shown, ax=axes, location="bottom", extend="max", aspect=40, shrink=0.9, pad=0.02)
     bar.set_label(label)
     bar.outline.set_visible(False)
 
@@ -323,7 +324,7 @@ def tsne(cfg, device):
     if cfg.perplexity >= len(rows):
         raise UserError(f"--perplexity {cfg.perplexity:g}: must be below the number of images, {len(rows)}")
 
-    fig, axes = panels(cfg, 1, len(runs), cfg.width / len(runs) + 0.5)
+    fig, axes = panels(cfg, 1, len(runs), min(cfg.width / len(runs), COLUMN) + 0.5)
     numbers = dict(images=rows.numpy(), anchors=others.numpy())
     names = names_of_classes(images, cfg.data, int(there.max()) + 1)
     colors = COLORS
@@ -480,7 +481,7 @@ def show_distances(cfg, found, what):
     for run, model in found:
         by_arch.setdefault(model.split()[-1], []).append((run, model))
     fig, axes = panels(cfg, 1, len(by_arch), 2.5, sharey=True)
-    looks, heads, room = {}, False, cfg.width / len(by_arch) - 0.6
+    looks, heads, room = {}, False, fig.get_size_inches()[0] / len(by_arch) - 0.6
     for ax, (arch, series) in zip(axes[0], by_arch.items()):
         for run, model in series:
             names, pixels = found[run, model]
@@ -507,7 +508,6 @@ def show_distances(cfg, found, what):
         else:
             ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0, 0].set_ylabel(f"mean distance (pixels of {cfg.image_size})")
-    axes[0, 0].set_ylim(0, axes[0, 0].get_ylim()[1] * 1.05)
     handles = [key(label, **look) for label, look in looks.items()]
     if heads:
         handles.append(key("a head", marker=".", linestyle="", color="gray"))
