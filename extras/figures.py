@@ -21,6 +21,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -167,8 +168,8 @@ def run(cfg):
 
 # ---------------------------------------------------------------------------------------------------- drawing
 def panels(cfg, rows, columns, height, **options):
-    """An empty figure with rows * columns panels, each `height` inches high and at most a column wide -> figure,
-    axes (rows, columns)."""
+    """An empty figure of rows * columns panels, each `height` inches high and at most a column wide ->
+    figure, axes (rows, columns)."""
     from matplotlib.figure import Figure   # not pyplot: no screen, no state
     fig = Figure((min(cfg.width, COLUMN * columns), height * rows), layout="constrained")
     return fig, fig.subplots(rows, columns, squeeze=False, **options)
@@ -178,7 +179,7 @@ def grid(cfg, rows, columns):
     from matplotlib.figure import Figure
     beside = 0.2   # inches for labels, on the mean
     size = min(LARGEST, cfg.width / columns - beside)
-    fig = Figure((columns * (size + beside), rows * (size + 0.06) + 0.9), layout="constrained")
+    fig = Figure((columns * (size + beside), rows * (size + 0.06) + 0.75), layout="constrained")
     return fig, fig.subplots(rows, columns, squeeze=False)
 
 def legend(fig, handles):
@@ -226,9 +227,17 @@ def high_end(arrays):
     every = np.concatenate([array.ravel() for array in arrays])
     return max(float(np.quantile(every, 0.995)), 1e-6)
 
+def wrap(fig, text, share=1.0):
+    """Text in lines that fit in a share of a figure's width; the figure grows by the height of the lines."""
+    width, height = fig.get_size_inches()
+    lines = textwrap.wrap(text, max(8, int(share * width / 0.07)))
+    fig.set_size_inches(width, height + 0.16 * len(lines))
+    return "\n".join(lines)
+
 def color_bar(fig, shown, axes, label):
+    """A color bar below some columns (rows, n) of a figure's panels."""
     bar = fig.colorbar(shown, ax=axes, location="bottom", extend="max", aspect=40, shrink=0.9, pad=0.02)
-    bar.set_label(label)
+    bar.set_label(wrap(fig, label, axes.shape[1] / axes[0, 0].get_gridspec().ncols))
     bar.outline.set_visible(False)
 
 # ------------------------------------------------------------------------------------------ models and images
@@ -675,10 +684,10 @@ def show_search(cfg, settings, rows, query_view, searched_view):
     for row, cells_of_row in enumerate(axes):
         i, name = row // 2, "untrained" if row % 2 else "trained"
         picture(cells_of_row[0], searched_view[i] if row % 2 else query_view[i])
-        cells_of_row[0].set_ylabel("searched" if row % 2 else "query")
+        cells_of_row[0].set_ylabel("tokens" if row % 2 else "query")
         column = 1
         for direction in directions:
-            cells_of_row[column].set_ylabel(name)
+            cells_of_row[column].set_ylabel("before" if row % 2 else "after")
             for block, maps in enumerate(cells[name, direction], 1):
                 ax, side = cells_of_row[column], math.isqrt(maps.shape[-1])
                 what = f"block {block}" if block <= depth else "change"
@@ -693,8 +702,9 @@ def show_search(cfg, settings, rows, query_view, searched_view):
     middle = columns // 2
     color_bar(fig, of_attention, axes[:, :middle], "query's attention, times uniform")
     color_bar(fig, of_change, axes[:, middle:], "change of a token by the query (%)")
-    fig.suptitle(f"1→2: a query of 1 ({settings.arch1}) among the tokens of 2 ({settings.arch2}); "
-                 "2→1: the other way")
+    title = (f"1→2: a query of 1 ({settings.arch1}) among the tokens of 2 ({settings.arch2}); 2→1: the other "
+             "way; before and after training")
+    fig.suptitle(wrap(fig, title))
     return fig
 
 # ------------------------------------------------------------------------------------------------------ views
