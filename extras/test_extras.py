@@ -474,7 +474,7 @@ def test_crops_need_no_checkpoint_and_take_the_settings_of_mokd(runs, tmp_path, 
     assert found["index"].tolist() != numbers(tmp_path / "crops")["index"].tolist()[:2]
 
 
-@pytest.mark.parametrize("width", [7, 3.3])
+@pytest.mark.parametrize("width", [7, 3.3, 2.5])
 def test_local_views_larger_than_global_ones_are_shown_whole_and_at_one_scale(width):
     cfg = settings("crops", *SMALL, "--global_size", 16, "--local_size", 32, "--images", 2, "--width", width)
     fig, found = figures.crops(cfg, torch.device("cpu"))
