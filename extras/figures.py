@@ -702,8 +702,8 @@ def show_search(cfg, settings, rows, query_view, searched_view):
     middle = columns // 2
     color_bar(fig, of_attention, axes[:, :middle], "query's attention, times uniform")
     color_bar(fig, of_change, axes[:, middle:], "change of a token by the query (%)")
-    title = (f"1→2: a query of 1 ({settings.arch1}) among the tokens of 2 ({settings.arch2}); 2→1: the other "
-             "way; before and after training")
+    title = (f"1→2: a query of 1 ({settings.arch1}) among the tokens of 2 ({settings.arch2}); 2→1: the "
+             "other way; before and after training")
     fig.suptitle(wrap(fig, title))
     return fig
 

@@ -1,8 +1,9 @@
 """Tests of figures.py and eval_coco.py.
 
-Figures: on checkpoints of two small runs. Distances are compared with slow loops over weights that timm's own modules compute, with
-the mean distance of a grid counted by offsets, and with attention that is known beforehand. Detection: on a data set in COCO's
-format that the tests draw: circles, rectangles and triangles, with their masks.
+Figures: on checkpoints of two small runs. Distances and attention are compared with slow loops over weights that
+timm's own modules compute, with the mean distance of a grid counted by offsets, and with attention that is known
+beforehand. Detection: on a data set in COCO's format that the tests draw: circles, rectangles and triangles, with
+their masks.
 
     python -m pytest -q extras/test_extras.py
 """
@@ -35,7 +36,7 @@ from test_mokd import PAIR, SMALL, VIT
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-# --------------------------------------------------------------------------------------------------------- figures
+# -------------------------------------------------------------------------------------------------- figures
 def figure(*args, code=0):
     """A figure by its command line, in this process."""
     assert mokd.main([*map(str, args)], "extras/figures.py", figures.parse, figures.run) == code
@@ -43,7 +44,8 @@ def figure(*args, code=0):
 
 def numbers(out):
     """What a figure wrote, all three files there -> the numbers."""
-    assert open(f"{out}.png", "rb").read(8) == b"\x89PNG\r\n\x1a\n" and open(f"{out}.pdf", "rb").read(5) == b"%PDF-"
+    assert open(f"{out}.png", "rb").read(8) == b"\x89PNG\r\n\x1a\n"
+    assert open(f"{out}.pdf", "rb").read(5) == b"%PDF-"
     with Image.open(f"{out}.png") as image:
         assert min(image.size) > 200
     return dict(np.load(f"{out}.npz"))
@@ -62,20 +64,24 @@ def runs(tmp_path_factory):
     """Folders of a MOKD run and an independent run of the same pair on toy."""
     out, toy = tmp_path_factory.mktemp("runs"), mokd.get_data
     with pytest.MonkeyPatch.context() as patch:   # eight steps, on 64 images of it
-        patch.setattr(mokd, "get_data", lambda cfg: [torch.utils.data.Subset(part, range(64)) for part in toy(cfg)])
+        def few(cfg):
+            return [torch.utils.data.Subset(part, range(64)) for part in toy(cfg)]
+        patch.setattr(mokd, "get_data", few)
         for name, losses in (("mokd", "sm,cm,st,ct"), ("independent", "sm")):
-            assert mokd.main([*SMALL, *PAIR, "--log_every", "2", "--knn_every", "1" if name == "mokd" else "0",
+            assert mokd.main([*SMALL, *PAIR, "--log_every", "2", "--knn_every",
+                              "1" if name == "mokd" else "0",
                               "--losses", losses, "--out", str(out / name)]) == 0
     return out
 
 
 @pytest.fixture
 def both(runs):
-    return ["--checkpoint", runs / "independent" / "checkpoint.pth", runs / "mokd" / "checkpoint.pth", "--workers", 0]
+    return ["--checkpoint", runs / "independent" / "checkpoint.pth", runs / "mokd" / "checkpoint.pth",
+            "--workers", 0]
 
 
 def mean_of_grid(h, w, size):
-    """Mean distance of two points of a grid drawn alike: an offset (dy, dx) occurs (h - |dy|) (w - |dx|) times."""
+    """Mean distance of two points of a grid: an offset (dy, dx) occurs (h - |dy|) (w - |dx|) times."""
     return sum((h - abs(dy)) * (w - abs(dx)) * math.hypot(dy * size / h, dx * size / w)
                for dy in range(1 - h, h) for dx in range(1 - w, w)) / (h * w) ** 2
 
@@ -90,7 +96,7 @@ def slow_distance(weights, h, w, size):
     return total
 
 
-# ---------------------------------------------------------------------------------------------------------- distances
+# ------------------------------------------------------------------------------------------------ distances
 
 @pytest.mark.parametrize("h, w, size", [(4, 4, 32), (3, 5, 30), (7, 2, 14), (1, 1, 9)])
 def test_uniform_attention_reaches_the_mean_distance_of_the_grid_and_identity_nothing(h, w, size):
@@ -100,18 +106,21 @@ def test_uniform_attention_reaches_the_mean_distance_of_the_grid_and_identity_no
     assert figures.mean_distance(torch.eye(N), apart) == 0
     assert torch.allclose(figures.distances(h, w, size, None, torch.arange(N)[1:]), apart[1:])
     attention = torch.rand(2, 3, N, N).softmax(-1)
-    assert torch.allclose(figures.mean_distance(attention, apart).double(), slow_distance(attention, h, w, size), atol=1e-5)
+    assert torch.allclose(figures.mean_distance(attention, apart).double(),
+                          slow_distance(attention, h, w, size), atol=1e-5)
 
 
 def vit_arguments(folder, change, *more):
     """The command line of a small ViT whose weights `change` has changed."""
     kwargs = [*VIT, *more]
-    cfg = eval_knn.parse(["--arch", "vit_tiny", "--model_kwargs", *kwargs, "--data", "toy", "--image_size", "32"])
+    cfg = eval_knn.parse(["--arch", "vit_tiny", "--model_kwargs", *kwargs, "--data", "toy", "--image_size",
+                          "32"])
     model = eval_knn.load_backbones(cfg)["vit_tiny"].model
     with torch.no_grad():
         change(model)
     torch.save(model.state_dict(), folder / "weights.pth")
-    return model, ["--arch", "vit_tiny", "--model_kwargs", *kwargs, "--weights", folder / "weights.pth", "--data", "toy",
+    return model, ["--arch", "vit_tiny", "--model_kwargs", *kwargs, "--weights", folder / "weights.pth",
+                   "--data", "toy",
                    "--image_size", 32, "--workers", 0, "--out", folder / "figure"]
 
 
@@ -187,12 +196,15 @@ def test_attention_that_does_more_than_softmax_is_not_shown():
 
 def test_attention_in_windows_is_not_shown(tmp_path, capsys):
     for arch, kwargs, words in (
-            ("swin_tiny_patch4_window7_224", SWIN, "no such layers"), ("mobilevit_xxs", [], "not between all")):
+            ("swin_tiny_patch4_window7_224", SWIN, "no such layers"),
+        ("mobilevit_xxs", [], "not between all")):
         more = ["--model_kwargs", *kwargs] if kwargs else []
-        figure("attention", "--arch", arch, *more, "--data", "toy", "--image_size", 64, "--workers", 0, "--images", 2, "--out",
+        figure("attention", "--arch", arch, *more, "--data", "toy", "--image_size", 64, "--workers", 0,
+               "--images", 2, "--out",
              tmp_path / "a", code=2)
         errors = capsys.readouterr().err
-        assert f"skipped {arch}" in errors and words in errors and "no model is left; give --checkpoint" in errors
+        assert f"skipped {arch}" in errors and words in errors
+        assert "no model is left; give --checkpoint" in errors
 
 
 def naive_map_distance(Z, size):
@@ -225,17 +237,21 @@ def test_featuremap_equals_a_naive_loop_over_maps(runs, both, tmp_path, capsys):
         found = numbers(tmp_path / "f")
         assert [*found["mokd/1 resnet18/names"]] == stages[first:]
         assert np.allclose(found["mokd/1 resnet18/distance"][:, 0], expected[first:].mean(1), rtol=1e-4)
-        assert np.allclose(found["mokd/1 resnet18/deviation"][:, 0], expected[first:].std(1), rtol=1e-2, atol=1e-4)
+        assert np.allclose(found["mokd/1 resnet18/deviation"][:, 0], expected[first:].std(1), rtol=1e-2,
+                           atol=1e-4)
         assert np.allclose(found["mokd/1 resnet18/uniform"], uniform[first:], rtol=1e-5)
-    assert not np.allclose(found["independent/1 resnet18/distance"], found["mokd/1 resnet18/distance"], rtol=1e-4)
+    assert not np.allclose(found["independent/1 resnet18/distance"], found["mokd/1 resnet18/distance"],
+                           rtol=1e-4)
     assert not any("vit" in key for key in found)
 
 
 def test_featuremap_of_known_maps_and_of_maps_in_parts():
-    Z = torch.randn(3, 45, 30, generator=torch.Generator().manual_seed(0))   # 1350 positions, more than one part
+    # 1350 positions, more than one part
+    Z = torch.randn(3, 45, 30, generator=torch.Generator().manual_seed(0))
     f = Z.flatten(1).T.double()
     weights, n = (f @ f.T / math.sqrt(3)).softmax(-1), torch.arange(1350)
-    apart = ((n[:, None] // 30 - n // 30) * 60 / 45).square() + ((n[:, None] % 30 - n % 30) * 60 / 30).square()
+    apart = ((n[:, None] // 30 - n // 30) * 60 / 45).square()
+    apart = apart + ((n[:, None] % 30 - n % 30) * 60 / 30).square()
     expected = [(weights * apart.sqrt()).sum().item() / 1350, mean_of_grid(45, 30, 60)]
     assert figures.of_map(Z, 60).tolist() == pytest.approx(expected, rel=1e-4)
     alike, unlike = torch.ones(5, 4, 6), 100 * torch.eye(12).view(12, 3, 4)
@@ -243,7 +259,8 @@ def test_featuremap_of_known_maps_and_of_maps_in_parts():
     assert figures.of_map(unlike, 24)[0] < 1e-6
 
 
-@pytest.mark.parametrize("arch, kwargs", [("efficientnet_b0", []), ("mobilenetv3_small_050", []), ("convnext_atto", []),
+@pytest.mark.parametrize("arch, kwargs", [("efficientnet_b0", []), ("mobilenetv3_small_050", []),
+                                          ("convnext_atto", []),
                                           ("swin_tiny_patch4_window7_224", SWIN)])
 def test_featuremap_reads_the_stages_of_any_cnn(arch, kwargs, tmp_path):
     more = ["--model_kwargs", *kwargs] if kwargs else []
@@ -252,11 +269,12 @@ def test_featuremap_reads_the_stages_of_any_cnn(arch, kwargs, tmp_path):
     found = numbers(tmp_path / "f")
     model = eval_knn.load_backbones(eval_knn.parse([*map(str, args)]))[arch].model
     with torch.no_grad():   # by another way than hooks
-        maps = model.forward_intermediates(center_crops(torch.randperm(1024, generator=mokd.generator(0, "images"))[:2], 64),
-                                           intermediates_only=True)
+        drawn = torch.randperm(1024, generator=mokd.generator(0, "images"))[:2]
+        maps = model.forward_intermediates(center_crops(drawn, 64), intermediates_only=True)
     assert len(maps) >= len(found[f"{arch}/{arch}/distance"]) == 4   # the paper's x-axis: stages 1 to 4
     expected = [np.mean([naive_map_distance(Z, 64) for Z in Zs]) for Zs in maps[-4:] if Zs.shape[-1] <= 16]
-    assert len(expected) >= 3 and np.allclose(found[f"{arch}/{arch}/distance"][-len(expected):, 0], expected, rtol=1e-3)
+    assert len(expected) >= 3 and np.allclose(found[f"{arch}/{arch}/distance"][-len(expected):, 0], expected,
+                                              rtol=1e-3)
 
 
 def test_an_unreadable_image_is_left_out_and_a_folder_without_validation_will_do(tmp_path, capsys):
@@ -291,10 +309,12 @@ def test_attention_lays_runs_over_each_other_and_names_what_it_skips(both, tmp_p
 
 def test_distances_are_one_panel_a_model_with_bands_and_heads_as_dots():
     rng = np.random.default_rng(0)
-    found = {("a", "1 vit"): (["blocks.0", "blocks.1"], rng.random((7, 2, 4))),   # images, layers, heads and uniform
+    # images, layers, heads and uniform
+    found = {("a", "1 vit"): (["blocks.0", "blocks.1"], rng.random((7, 2, 4))),
              ("b", "1 vit"): (["blocks.0", "blocks.1"], rng.random((7, 2, 4))),
              ("b", "2 vit_other"): (["blocks.0"], rng.random((7, 1, 3)))}
-    fig, _ = figures.show_distances(settings("attention", "--arch", "vit_tiny", "--data", "toy"), found, "layer")
+    fig, _ = figures.show_distances(settings("attention", "--arch", "vit_tiny", "--data", "toy"), found,
+                                    "layer")
     assert [ax.get_title() for ax in fig.axes] == ["vit", "vit_other"]
     lines, bands = fig.axes[0].lines, fig.axes[0].collections
     pixels = found["b", "1 vit"][1][..., :-1]
@@ -316,9 +336,11 @@ def test_distances_are_one_panel_a_model_with_bands_and_heads_as_dots():
 def test_two_models_of_one_architecture_in_a_run_are_told_apart():
     pixels = np.random.default_rng(0).random((3, 2, 2))
     found = {(run, f"{i} resnet18"): (["layer1", "layer2"], pixels) for run in "ab" for i in (1, 2)}
-    fig, _ = figures.show_distances(settings("featuremap", "--arch", "resnet18", "--data", "toy"), found, "stage")
+    fig, _ = figures.show_distances(settings("featuremap", "--arch", "resnet18", "--data", "toy"), found,
+                                    "stage")
     texts = [t.get_text() for t in fig.legends[0].get_texts()]
-    assert texts == ["a, model 1", "a, model 2", "b, model 1", "b, model 2", "uniform attention"]   # one head: no dots
+    # one head: no dots
+    assert texts == ["a, model 1", "a, model 2", "b, model 1", "b, model 2", "uniform attention"]
     assert [t.get_text() for t in fig.axes[0].get_xticklabels()] == ["layer1", "layer2"]
 
 
@@ -368,7 +390,7 @@ def settings(*args):
     return figures.parse([*map(str, args)])
 
 
-# --------------------------------------------------------------------------------------------------------------- tsne
+# ----------------------------------------------------------------------------------------------------- tsne
 
 def test_relative_features_do_not_depend_on_width_rotation_and_scale():
     g = torch.Generator().manual_seed(0)
@@ -377,7 +399,8 @@ def test_relative_features_do_not_depend_on_width_rotation_and_scale():
     z = figures.relative(f, anchors)
     assert torch.allclose(z, figures.relative(5 * f @ turn, anchors @ turn), atol=1e-5)   # 9 wide
     assert not torch.allclose(z, figures.relative(f[:, :3], anchors[:, :3]), atol=0.1)
-    s = np.array([[x @ a / np.linalg.norm(x) / np.linalg.norm(a) for a in anchors.numpy()] for x in f.numpy()])
+    lengths = np.linalg.norm(f, axis=1)[:, None] * np.linalg.norm(anchors, axis=1)
+    s = f.numpy() @ anchors.numpy().T / lengths
     s = (s - s.mean(0)) / s.std(0, ddof=1)
     assert np.allclose(z, s / np.linalg.norm(s, axis=1, keepdims=True), atol=1e-5)
 
@@ -396,7 +419,8 @@ def test_agreement_is_that_of_the_nearest_other_image():
 
 
 def test_tsne_shows_the_drawn_classes_of_both_models_and_runs(runs, both, tmp_path, capsys):
-    figure("tsne", *both, "--classes", 3, "--per_class", 12, "--anchors", 40, "--perplexity", 5, "--out", tmp_path / "t")
+    figure("tsne", *both, "--classes", 3, "--per_class", 12, "--anchors", 40, "--perplexity", 5, "--out",
+           tmp_path / "t")
     printed, found = capsys.readouterr().out, numbers(tmp_path / "t")
     x, y = mokd.draw_toy(1024, "val")
     labels = y[found["images"]].numpy()
@@ -406,18 +430,21 @@ def test_tsne_shows_the_drawn_classes_of_both_models_and_runs(runs, both, tmp_pa
     for run in ("independent", "mokd"):
         assert np.array_equal(found[f"{run}/labels"], labels)
         for model in ("1 resnet18", "2 vit_tiny"):
-            assert found[f"{run}/{model}/xy"].shape == (36, 2) and np.isfinite(found[f"{run}/{model}/xy"]).all()
-    backbone = eval_knn.load_backbones(eval_knn.parse(["--checkpoint", str(runs / "mokd" / "checkpoint.pth")]))["2 vit_tiny"]
+            xy = found[f"{run}/{model}/xy"]
+            assert xy.shape == (36, 2) and np.isfinite(xy).all()
+    cfg = eval_knn.parse(["--checkpoint", str(runs / "mokd" / "checkpoint.pth")])
+    backbone = eval_knn.load_backbones(cfg)["2 vit_tiny"]
     with torch.no_grad():
         f, a = (backbone(center_crops(found[name]))[0] for name in ("images", "anchors"))
-    assert np.allclose(found["mokd/2 vit_tiny/relative"], figures.relative(f, a), atol=0.03)   # features come in half precision
+    # features come in half precision
+    assert np.allclose(found["mokd/2 vit_tiny/relative"], figures.relative(f, a), atol=0.03)
 
     cfg = settings("tsne", *both, "--classes", 3, "--per_class", 12, "--anchors", 40, "--perplexity", 5)
     for seed in (0, 1):
         cfg.seed = seed
         fig, again = figures.tsne(cfg, torch.device("cpu"))
-        assert np.array_equal(found["images"], again["images"]) == np.array_equal(found["mokd/2 vit_tiny/xy"],
-                                                                                  again["mokd/2 vit_tiny/xy"]) == (seed == 0)
+        for key in ("images", "mokd/2 vit_tiny/xy"):
+            assert np.array_equal(found[key], again[key]) == (seed == 0)
     assert [ax.get_title() for ax in fig.axes] == ["independent", "mokd"]
     shown = fig.axes[1].collections
     assert len(shown) == 2 and len({s.get_paths()[0].vertices.shape for s in shown}) == 2   # a marker a model
@@ -430,13 +457,14 @@ def test_tsne_shows_the_drawn_classes_of_both_models_and_runs(runs, both, tmp_pa
 
 
 def test_tsne_takes_one_model_and_all_classes_there_are(runs, tmp_path):
-    figure("tsne", "--checkpoint", runs / "mokd" / "checkpoint.pth", "--model", 2, "--per_class", 4, "--anchors", 20,
+    figure("tsne", "--checkpoint", runs / "mokd" / "checkpoint.pth", "--model", 2, "--per_class", 4,
+           "--anchors", 20,
          "--perplexity", 4, "--workers", 0, "--out", tmp_path / "t")
     found = numbers(tmp_path / "t")
     assert {*found["mokd/labels"]} == {*range(8)} and "mokd/agreement" not in found
 
 
-# ------------------------------------------------------------------------------------------------------ crops, curves
+# -------------------------------------------------------------------------------------------- crops, curves
 
 def test_crops_are_the_views_that_the_run_makes(runs, tmp_path):
     args = ["crops", "--checkpoint", runs / "mokd" / "checkpoint.pth", "--images", 3, "--workers", 0]
@@ -452,7 +480,8 @@ def test_crops_are_the_views_that_the_run_makes(runs, tmp_path):
         assert np.allclose(mokd.normalize(torch.from_numpy(found[name]).flatten(0, 1)), x, atol=1e-4)
     fig, _ = figures.crops(settings(*args), torch.device("cpu"))
     assert [ax.get_title(loc="left") for ax in fig.axes][:4] == ["global", "", "local", ""]
-    assert np.allclose(fig.axes[5].images[0].get_array(), found["global"][1, 1].transpose(1, 2, 0), atol=1e-6)   # row 1, column 1
+    # row 1, column 1
+    assert np.allclose(fig.axes[5].images[0].get_array(), found["global"][1, 1].transpose(1, 2, 0), atol=1e-6)
 
 
 def test_crops_need_no_checkpoint_and_take_the_settings_of_mokd(runs, tmp_path, monkeypatch):
@@ -479,6 +508,7 @@ def test_local_views_larger_than_global_ones_are_shown_whole_and_at_one_scale(wi
     cfg = settings("crops", *SMALL, "--global_size", 16, "--local_size", 32, "--images", 2, "--width", width)
     fig, found = figures.crops(cfg, torch.device("cpu"))
     assert found["local"].shape == (2, 2, 3, 32, 32)
+    assert fig.get_size_inches()[0] <= width + 1e-6
     fig.canvas.draw()
     boxes = [ax.get_window_extent() for ax in fig.axes]
     pixel = [box.width / len(ax.images[0].get_array()) for box, ax in zip(boxes, fig.axes)]
@@ -489,16 +519,18 @@ def test_local_views_larger_than_global_ones_are_shown_whole_and_at_one_scale(wi
         assert not any(box.overlaps(other) for other in boxes[:i])
 
 
-# ----------------------------------------------------------------------------------------------------- curves, losses
+# ------------------------------------------------------------------------------------------- curves, losses
 
 def test_losses_are_the_log(runs, tmp_path):
-    figure("losses", "--log", runs / "mokd" / "log.jsonl", runs / "independent" / "log.jsonl", "--out", tmp_path / "c")
+    figure("losses", "--log", runs / "mokd" / "log.jsonl", runs / "independent" / "log.jsonl", "--out",
+           tmp_path / "c")
     found = numbers(tmp_path / "c")
     records = [json.loads(line) for line in open(runs / "mokd" / "log.jsonl")]
     for name in ("loss1", "sm2", "ct1", "entropy_m1", "spread_t2", "lr2"):
         expected = [[r["step"], r[name]] for r in records if name in r]
         assert len(expected) == 4 and found[f"mokd/{name}"].shape == (1, 4)
-        assert [*zip(found[f"mokd/{name}/steps"].tolist(), found[f"mokd/{name}"][0].tolist())] == [*map(tuple, expected)]
+        points = np.stack([found[f"mokd/{name}/steps"], found[f"mokd/{name}"][0]], 1)
+        assert points.tolist() == expected
     assert "independent/sm1" in found and "independent/ct1" not in found and "mokd/knn1" not in found
 
 
@@ -510,8 +542,8 @@ def write_log(file, records, end=""):
 
 def test_losses_of_a_resumed_run_show_each_step_once(tmp_path):
     for run, lines in (("a", [2, 4, 6, 4, 6, 8]), ("b", [3])):
-        write_log(tmp_path / run / "log.jsonl", [dict(epoch=0, step=step, steps=8, loss1=10.0 * i, lr1=0.1, GB=1.0)
-                                                 for i, step in enumerate(lines)])
+        records = [dict(step=step, steps=8, loss1=10.0 * i, lr1=0.1, GB=1.0) for i, step in enumerate(lines)]
+        write_log(tmp_path / run / "log.jsonl", records)
     cfg = settings("losses", "--log", tmp_path / "a" / "log.jsonl", tmp_path / "b" / "log.jsonl")
     fig, found = figures.losses(cfg, torch.device("cpu"))
     assert found["a/loss1/steps"].tolist() == [2, 4, 6, 8] and found["a/loss1"].tolist() == [[0, 30, 40, 50]]
@@ -527,7 +559,8 @@ def test_totals_of_other_terms_have_another_axis(runs):
     fig, _ = figures.losses(cfg, torch.device("cpu"))
     rows = {fig.axes[i].get_ylabel(): fig.axes[i] for i in range(0, len(fig.axes), 2)}
     assert [*rows][:2] == ["loss\n(sm)", "loss\n(sm, st, cm, ct)"]
-    assert [len(rows[label].lines) for label in [*rows][:3]] == [1, 1, 3]   # sm of both runs and st of one share an axis
+    # sm of both runs and st of one share an axis
+    assert [len(rows[label].lines) for label in [*rows][:3]] == [1, 1, 3]
     assert rows["loss\n(sm)"].lines[0].get_color() != rows["loss\n(sm, st, cm, ct)"].lines[0].get_color()
     assert fig.axes[0].get_ylim() == fig.axes[1].get_ylim() != fig.axes[2].get_ylim()
 
@@ -543,9 +576,11 @@ def test_curves_draw_knn_over_epochs_with_a_band_for_seeds(tmp_path):
     found = numbers(tmp_path / "c")
     assert found["mokd/knn1/steps"].tolist() == [2, 4, 6] and found["mokd/knn1"].tolist() == accuracy["mokd"]
     assert found["alone/knn2"].tolist() == [[41, 42, 43]]
-    cfg = settings("curves", "--log", tmp_path / "alone", tmp_path / "mokd", "--titles", "CNN", "ViT", "--pixels", 55)
+    cfg = settings("curves", "--log", tmp_path / "alone", tmp_path / "mokd", "--titles", "CNN", "ViT",
+                   "--pixels", 55)
     fig, _ = figures.curves(cfg, torch.device("cpu"))
-    assert [ax.get_title() for ax in fig.axes] == ["CNN", "ViT"] and fig.axes[0].get_ylim() == fig.axes[1].get_ylim()
+    assert [ax.get_title() for ax in fig.axes] == ["CNN", "ViT"]
+    assert fig.axes[0].get_ylim() == fig.axes[1].get_ylim()
     alone, mean, pixels = fig.axes[0].lines
     assert mean.get_xydata().tolist() == [[2, 51], [4, 60], [6, 67]] and set(pixels.get_ydata()) == {55}
     band, = fig.axes[0].collections   # one seed has none
@@ -559,18 +594,21 @@ def test_a_setting_is_a_file_a_folder_or_a_pattern(tmp_path, capsys):
     for name in ("mokd-0", "mokd-1", "other"):
         write_log(tmp_path / name / "log.jsonl", [dict(epoch=0, knn1=1.0, knn2=2.0)])
     write_log(tmp_path / "mokd-1" / "linear" / "log.jsonl", [dict(epoch=0, loss=1.0)])   # of another program
-    cfg = settings("curves", "--log", tmp_path / "mokd-*", tmp_path / "other" / "log.jsonl", tmp_path / "mokd-1")
+    cfg = settings("curves", "--log", tmp_path / "mokd-*", tmp_path / "other" / "log.jsonl",
+                   tmp_path / "mokd-1")
     assert cfg.names == ["mokd", "other", "mokd-1"] and cfg.out == str(tmp_path / "curves")
     assert [len(tables) for tables in figures.read_logs(cfg).values()] == [2, 1, 1]
     assert "skipped" in capsys.readouterr().err
-    cfg = settings("curves", "--log", tmp_path / "mokd-0", tmp_path / "mokd-1", "--names", "first seed", "second")
+    cfg = settings("curves", "--log", tmp_path / "mokd-0", tmp_path / "mokd-1", "--names", "first seed",
+                   "second")
     assert [*figures.curves(cfg, torch.device("cpu"))[1]][0].startswith("first seed/")
     assert cfg.out == str(tmp_path / "mokd-0" / "curves")
 
 
 def test_seeds_are_drawn_to_where_all_of_them_are(tmp_path, capsys):
     for seed, epochs in (("0", 5), ("1", 3)):
-        write_log(tmp_path / seed / "log.jsonl", [dict(epoch=e, knn1=10.0 * e, knn2=1.0) for e in range(epochs)])
+        records = [dict(epoch=e, knn1=10.0 * e, knn2=1.0) for e in range(epochs)]
+        write_log(tmp_path / seed / "log.jsonl", records)
     _, found = figures.curves(settings("curves", "--log", tmp_path), torch.device("cpu"))
     assert found[f"{tmp_path.name}/knn1"].tolist() == [[0, 10, 20]] * 2
     assert "knn1 is shown at 3 of 5 steps" in capsys.readouterr().err
@@ -585,7 +623,7 @@ def test_torn_lines_of_a_log_are_skipped_with_a_word(tmp_path, capsys):
     assert f"--log {file}: skipped 2 torn lines (2, 4)" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------------------- search
+# --------------------------------------------------------------------------------------------------- search
 
 def a_t_head(depth=1, dim=24, N=9, change=None):
     """An untrained T-Head for tokens of its own width, with no positions."""
@@ -643,13 +681,15 @@ def test_attention_and_change_of_a_search_equal_a_slow_computation():
 
 
 def test_the_effective_number_of_tokens():
-    p = np.array([[1, 1, 1, 1], [0, 2, 0, 0], [1, 0, 1, 0]]) * 0.2   # the rest of a query's attention is its own
+    # the rest of a query's attention is its own
+    p = np.array([[1, 1, 1, 1], [0, 2, 0, 0], [1, 0, 1, 0]]) * 0.2
     assert figures.effective(p) == pytest.approx([4, 1, 2])
 
 
 @pytest.mark.parametrize("view", [1, 3])
 def test_search_shows_students_among_momentum_tokens_trained_and_untrained(view, runs, tmp_path, capsys):
-    figure("search", "--checkpoint", runs / "mokd" / "checkpoint.pth", "--images", 2, "--view", view, "--out", tmp_path / "s")
+    figure("search", "--checkpoint", runs / "mokd" / "checkpoint.pth", "--images", 2, "--view", view,
+           "--out", tmp_path / "s")
     found, printed = numbers(tmp_path / "s"), capsys.readouterr().out
     assert "1 to 2, untrained: " in printed and "2 to 1, trained: " in printed
     cfg = mokd.parse_args([*SMALL, *PAIR])
@@ -666,7 +706,8 @@ def test_search_shows_students_among_momentum_tokens_trained_and_untrained(view,
             student, momentum_net = models[a].net.eval(), models[b].momentum_net.eval()
             with torch.no_grad():
                 query = student.t_head.query_of(student.backbone(query_view)[0])
-                expected = figures.look_of_search(momentum_net.t_head, momentum_net.backbone(x[0][:2])[1], query)
+                expected = figures.look_of_search(momentum_net.t_head, momentum_net.backbone(x[0][:2])[1],
+                                                  query)
             for what, value in zip(("attention", "change"), expected):
                 assert found[f"{a + 1} to {b + 1}/{name}/{what}"].shape[-1] == N
                 assert np.allclose(found[f"{a + 1} to {b + 1}/{name}/{what}"], value, atol=1e-5)
@@ -676,15 +717,19 @@ def test_search_shows_students_among_momentum_tokens_trained_and_untrained(view,
         assert not np.allclose(found[key.format("trained")], found[key.format("untrained")], rtol=1e-3)
 
 
-# ---------------------------------------------------------------------------------------------------------- for print
+# ------------------------------------------------------------------------------------------------ for print
 
 @pytest.mark.parametrize("width", [3.3, 7])
-@pytest.mark.parametrize("name", ["tsne", "attention", "maps", "featuremap", "search", "crops", "curves", "losses"])
+@pytest.mark.parametrize("name", ["tsne", "attention", "maps", "featuremap", "search", "crops", "curves",
+                                  "losses"])
 def test_a_figure_is_fit_for_print(name, width, runs, tmp_path, monkeypatch):
     from matplotlib.figure import Figure
     from matplotlib.text import Text
     saved, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: (saved.append(self), save(self, *args, **kwargs)))
+    def keep(self, *args, **kwargs):
+        saved.append(self)
+        save(self, *args, **kwargs)
+    monkeypatch.setattr(Figure, "savefig", keep)
     few = dict(tsne=["--per_class", 8, "--anchors", 20, "--perplexity", 5], attention=["--images", 4],
                featuremap=["--images", 4]).get(name, ["--images", 1])
     checkpoints = [runs / "mokd" / "checkpoint.pth"]
@@ -709,13 +754,15 @@ def test_a_figure_is_fit_for_print(name, width, runs, tmp_path, monkeypatch):
     assert len({t.get_text() for t in titles}) == len(titles)   # no title twice
 
 
-# ------------------------------------------------------------------------------------------------------------- errors
+# --------------------------------------------------------------------------------------------------- errors
 
 @pytest.mark.parametrize("args, words", [
     ([], "the first word must be one of tsne, attention, featuremap, search, crops, curves, losses"),
     (["tnse"], "'tnse' is no figure"),
-    (["tsne"], "--checkpoint FILE or --arch"), (["tsne", "--checkpoint", "HERE", "--arch", "resnet18"], "either --checkpoint"),
-    (["attention", "--checkpoint", "nowhere.pth"], "nowhere.pth"), (["attention", "--arch", "vit_tiny"], "--data"),
+    (["tsne"], "--checkpoint FILE or --arch"),
+    (["tsne", "--checkpoint", "HERE", "--arch", "resnet18"], "either --checkpoint"),
+    (["attention", "--checkpoint", "nowhere.pth"], "nowhere.pth"),
+    (["attention", "--arch", "vit_tiny"], "--data"),
     (["attention", "--checkpoint", "HERE", "--model", "1"], "of a ViT"),
     (["attention", "--maps", "--checkpoint", "HERE", "--model", "1"], "of a ViT"),
     (["featuremap", "--checkpoint", "HERE", "--model", "2"], "of a CNN"),
@@ -732,7 +779,8 @@ def test_a_figure_is_fit_for_print(name, width, runs, tmp_path, monkeypatch):
     (["search", "--checkpoint", "HERE", "--view", "4"], "--view 4: the run has views 0 to 3"),
     (["search", "--checkpoint", "ALONE"], "has no T-Head"), (["curves"], "--log"), (["losses"], "--log"),
     (["curves", "--log", "nowhere.jsonl"], "nowhere.jsonl"), (["losses", "--log", "HERE"], "holds no losses"),
-    (["curves", "--log", "nowhere*"], "no log.jsonl there"), (["curves", "--log", "LOG"], "--knn_every, or draw losses"),
+    (["curves", "--log", "nowhere*"], "no log.jsonl there"),
+    (["curves", "--log", "LOG"], "--knn_every, or draw losses"),
     (["losses", "--log", "LOG", "--titles", "one"], "--titles: give two"),
     (["attention", "--checkpoint", "HERE", "--out", "/dev/null/x"], "--out /dev/null/x")])
 def test_what_figures_cannot_do_is_said(runs, args, words, capsys, tmp_path):
@@ -745,7 +793,8 @@ def test_what_figures_cannot_do_is_said(runs, args, words, capsys, tmp_path):
 
 def test_a_figure_that_cannot_be_written_is_named(runs, capsys, tmp_path):
     (tmp_path / "c.pdf").mkdir()
-    message = refused(["curves", "--log", runs / "mokd" / "log.jsonl", "--out", tmp_path / "c"], capsys, code=1)
+    message = refused(["curves", "--log", runs / "mokd" / "log.jsonl", "--out", tmp_path / "c"], capsys,
+                      code=1)
     assert f"--out {tmp_path / 'c'}: cannot be written" in message
 
 
