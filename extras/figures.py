@@ -576,8 +576,8 @@ def attention_maps(cfg, device):
     fig, axes = grid(cfg, len(index) * len(maps), 1 + most)
     for ax in axes.flat:
         ax.axis("off")
-    for row, pair in enumerate((i, label) for i in range(len(index)) for label in maps):
-        i, label = pair
+    for row in range(len(axes)):
+        i, label = row // len(maps), [*maps][row % len(maps)]
         axes[row, 0].axis("on")
         picture(axes[row, 0], pixels[i])
         axes[row, 0].set_ylabel(label)
@@ -676,7 +676,7 @@ def show_search(cfg, settings, rows, query_view, searched_view):
     for name, found in rows.items():
         for direction, (weights, change) in found.items():
             cells[name, direction] = [*np.moveaxis(weights * (weights.shape[-1] + 1), 1, 0), 100 * change]
-    high = high_end([array for maps in cells.values() for array in maps[:-1]])
+    high = high_end([np.stack(maps[:-1]) for maps in cells.values()])
     high_change = high_end([maps[-1] for maps in cells.values()])
     depth, directions = settings.t_depth, [*rows["trained"]]
     columns = 1 + len(directions) * (depth + 1)
@@ -747,7 +747,7 @@ PANELS = {   # label -> what the MLP-Head has, what the T-Head has
     "self-distillation\nloss": ("sm", "st"), "cross-distillation\nloss": ("cm", "ct"),
     "entropy of\ntargets (nats)": ("entropy_m", "entropy_t"),
     "spread of\ntargets (nats)": ("spread_m", "spread_t"), "learning rate": ("lr",)}
-LOGGED = ["loss", "knn"] + [name for group in PANELS.values() for name in group]
+LOGGED = sum(PANELS.values(), ("loss", "knn"))
 
 def name_of_setting(argument):
     """What --log gives -> its name: a file's folder, a folder's name, what a pattern begins with."""
@@ -772,7 +772,7 @@ def read_log(file):
     """log.jsonl -> {name: {step: value}}, k-NN by the epochs trained. Of a step that a resumed run did again,
     the last record counts. Torn lines, which a killed run or a full disk leaves, are skipped with a word.
     Raises UserError."""
-    names = {f"{name}{i}" for name in LOGGED for i in "12"}
+    names = {f"{name}1" for name in LOGGED} | {f"{name}2" for name in LOGGED}
     table, torn = {}, []
     try:
         with open(file, errors="replace") as f:
@@ -795,7 +795,7 @@ def read_log(file):
         raise UserError(f"--log {file}: holds no losses and no k-NN of mokd.py")
     if torn:
         some = ", ".join(map(str, torn[:5])) + (", ..." if len(torn) > 5 else "")
-        warn(f"--log {file}: skipped {len(torn)} torn line{'s' * (len(torn) > 1)} ({some})")
+        warn(f"--log {file}: skipped {len(torn)} torn {'line' if len(torn) == 1 else 'lines'} ({some})")
     return table
 
 def read_logs(cfg):
@@ -918,8 +918,9 @@ def any_has(settings, row):
     _, group, shown = row
     for name in shown:
         for table in settings[name]:
-            if any(f"{quantity}{i}" in table for quantity in group for i in "12"):
-                return True
+            for quantity in group:
+                if f"{quantity}1" in table or f"{quantity}2" in table:
+                    return True
     return False
 
 FIGURES = dict(tsne=tsne, attention=attention, featuremap=featuremap, search=search, crops=crops,
