@@ -258,14 +258,12 @@ def draw(images, n, *key):
     return torch.randperm(len(images), generator=mokd.generator(*key))[:n].tolist()
 
 def look(backbones, images, rows, cfg, device, what):
-    """Center crops of some rows of images through backbones -> [features (n, C)], labels (n,), below 0 for an
-    unreadable one."""
+    """Center crops of some rows of images through backbones -> [features (n, C)], labels (n,), NO_IMAGE for an
+    unreadable one. Raises UserError where more than 1 % cannot be read."""
     views = mokd.EvalView(Subset(images, rows), cfg.image_size, cfg.resize)
     backbones = [backbone.to(device) for backbone in backbones]
     features, labels = mokd.extract_features(backbones, views, device, cfg.batch_size, cfg.workers,
                                              progress=progress_of(what, len(rows)))
-    if not (labels >= 0).any():
-        raise UserError(f"--data {cfg.data}: none of {len(rows)} images can be read", code=1)
     return [f.float().cpu() for f in features], labels.cpu()
 
 def settings_of(saved):
@@ -280,9 +278,9 @@ def views_of(settings, images, index, device):
     settings.batch_size = len(index)
     dataset = mokd.MultiCrop(images, settings)
     batch = default_collate([dataset[0, i] for i in index])
-    for i in batch[2].tolist():
+    for i, reason in zip(batch[2].tolist(), batch[3]):
         if i >= 0:
-            warn(f"skipped {mokd.name_of(images, i)}: not a readable image; the next one is shown")
+            warn(f"skipped {mokd.name_of(images, i)}: {reason}; the next one is shown")
     mean, std = mokd.mean_and_std(torch.device("cpu"))
     views = []
     for group in mokd.make_views(batch, settings, device, 0):   # global ones, local ones
@@ -474,9 +472,11 @@ def measure(cfg, device, kind, modules_of, read):
                 if not modules:
                     raise UserError("it has no such layers")
                 _, labels = look([backbone], images, drawn, cfg, device, f"{run} {model}")
-                layers = [torch.cat(batches)[labels >= 0] for batches in kept.values()]
+                layers = [torch.cat(batches)[labels != mokd.NO_IMAGE] for batches in kept.values()]
                 found[run, model] = [*modules], torch.stack(layers, 1).numpy()
             except UserError as stop:
+                if stop.code == 1:   # not a matter of this model
+                    raise
                 warn(f"{cfg.figure}: skipped {model} of {run}: {stop}")
             remove()
     if not found:
@@ -567,6 +567,8 @@ def attention_maps(cfg, device):
                 queries.add("CLS as query" if backbone.cls else "mean over all patches as queries")
                 numbers[f"{run}/{model}/maps"] = found
             except UserError as stop:
+                if stop.code == 1:
+                    raise
                 warn(f"attention: skipped {model} of {run}: {stop}")
             remove()
     if not maps:
@@ -654,8 +656,8 @@ def search(cfg, device):
     views, pixels = views_of(settings, images, index, device)
     models = mokd.build_models(settings, device)
     rows = dict(untrained=searches_of(models, views[cfg.view], views[0]))
-    for model, state in zip(models, saved["models"]):
-        model.load_state(state)
+    for model in models:
+        model.load_state(saved[f"model{model.i}"])
     rows = dict(trained=searches_of(models, views[cfg.view], views[0]), **rows)
 
     numbers = dict(index=np.array(index), query_view=pixels[cfg.view], searched_view=pixels[0])

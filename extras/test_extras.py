@@ -278,12 +278,12 @@ def test_featuremap_reads_the_stages_of_any_cnn(arch, kwargs, tmp_path):
 
 
 def test_an_unreadable_image_is_left_out_and_a_folder_without_validation_will_do(tmp_path, capsys):
-    x, _ = mokd.draw_toy(8, "val")
+    x, _ = mokd.draw_toy(120, "val")
     _, args = vit_arguments(tmp_path, sharpen)
     found = []
     for name in ("all", "more"):
         (tmp_path / name / "a").mkdir(parents=True)
-        for i in range(3):
+        for i in range(120):
             Image.fromarray(x[i].permute(1, 2, 0).numpy()).save(tmp_path / name / "a" / f"{i}.png")
         if name == "more":
             (tmp_path / name / "a" / "broken.png").write_bytes(b"no image")
@@ -291,10 +291,11 @@ def test_an_unreadable_image_is_left_out_and_a_folder_without_validation_will_do
         found.append(numbers(tmp_path / "figure")["vit_tiny/vit_tiny/distance"])
     assert "broken.png" in capsys.readouterr().err
     assert np.allclose(*found, rtol=1e-5)
-    for i in range(3):
+    for i in range(60):
         (tmp_path / "more" / "a" / f"{i}.png").unlink()
-    figure("attention", *args, "--data", tmp_path / "more", code=2)
-    assert "none of 1 images can be read" in capsys.readouterr().err
+    for more in ([], ["--maps", "--images", 61]):   # the rule of all programs
+        figure("attention", *args, *more, "--data", tmp_path / "more", code=1)
+        assert "1 of 61 images cannot be read, more than 1 %" in capsys.readouterr().err
 
 
 def test_attention_lays_runs_over_each_other_and_names_what_it_skips(both, tmp_path, capsys):
@@ -711,8 +712,8 @@ def test_search_shows_students_among_momentum_tokens_trained_and_untrained(view,
             for what, value in zip(("attention", "change"), expected):
                 assert found[f"{a + 1} to {b + 1}/{name}/{what}"].shape[-1] == N
                 assert np.allclose(found[f"{a + 1} to {b + 1}/{name}/{what}"], value, atol=1e-5)
-        for model, state in zip(models, saved["models"]):
-            model.load_state(state)
+        for model in models:
+            model.load_state(saved[f"model{model.i}"])
     for key in ("1 to 2/{}/attention", "1 to 2/{}/change", "2 to 1/{}/change"):
         assert not np.allclose(found[key.format("trained")], found[key.format("untrained")], rtol=1e-3)
 
