@@ -258,8 +258,8 @@ def draw(images, n, *key):
     return torch.randperm(len(images), generator=mokd.generator(*key))[:n].tolist()
 
 def look(backbones, images, rows, cfg, device, what):
-    """Center crops of some rows of images through backbones -> [features (n, C)], labels (n,), NO_IMAGE for an
-    unreadable one. Raises UserError where more than 1 % cannot be read."""
+    """Center crops of some rows of images through backbones -> [features (n, C)], labels (n,), NO_IMAGE for
+    an unreadable one. Raises UserError where more than 1 % cannot be read."""
     views = mokd.EvalView(Subset(images, rows), cfg.image_size, cfg.resize)
     backbones = [backbone.to(device) for backbone in backbones]
     features, labels = mokd.extract_features(backbones, views, device, cfg.batch_size, cfg.workers,
