@@ -1,8 +1,8 @@
 """Tests of figures.py and eval_coco.py.
 
 Figures: on checkpoints of two small runs. Distances and attention are compared with slow loops over weights
-that timm's own modules compute, with the mean distance of a grid counted by offsets, and with attention that is
-known beforehand. Detection: on a data set in COCO's format that the tests draw: circles, rectangles and
+that timm's own modules compute, with the mean distance of a grid counted by offsets, and with attention that
+is known beforehand. Detection: on a data set in COCO's format that the tests draw: circles, rectangles and
 triangles, with their masks.
 
     python -m pytest -q extras/test_extras.py
