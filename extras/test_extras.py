@@ -1,8 +1,9 @@
 """Tests of figures.py and eval_coco.py.
 
-Figures: on checkpoints of two small runs. Distances are compared with slow loops over weights that timm's own modules compute, with
-the mean distance of a grid counted by offsets, and with attention that is known beforehand. Detection: on a data set in COCO's
-format that the tests draw: circles, rectangles and triangles, with their masks.
+Figures: on checkpoints of two small runs. Distances and attention are compared with slow loops over weights
+that timm's own modules compute, with the mean distance of a grid counted by offsets, and with attention that
+is known beforehand. Detection: on a data set in COCO's format that the tests draw: circles, rectangles and
+triangles, with their masks.
 
     python -m pytest -q extras/test_extras.py
 """
@@ -35,7 +36,7 @@ from test_mokd import PAIR, SMALL, VIT
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-# --------------------------------------------------------------------------------------------------------- figures
+# -------------------------------------------------------------------------------------------------- figures
 def figure(*args, code=0):
     """A figure by its command line, in this process."""
     assert mokd.main([*map(str, args)], "extras/figures.py", figures.parse, figures.run) == code
@@ -43,7 +44,8 @@ def figure(*args, code=0):
 
 def numbers(out):
     """What a figure wrote, all three files there -> the numbers."""
-    assert open(f"{out}.png", "rb").read(8) == b"\x89PNG\r\n\x1a\n" and open(f"{out}.pdf", "rb").read(5) == b"%PDF-"
+    assert open(f"{out}.png", "rb").read(8) == b"\x89PNG\r\n\x1a\n"
+    assert open(f"{out}.pdf", "rb").read(5) == b"%PDF-"
     with Image.open(f"{out}.png") as image:
         assert min(image.size) > 200
     return dict(np.load(f"{out}.npz"))
@@ -62,20 +64,24 @@ def runs(tmp_path_factory):
     """Folders of a MOKD run and an independent run of the same pair on toy."""
     out, toy = tmp_path_factory.mktemp("runs"), mokd.get_data
     with pytest.MonkeyPatch.context() as patch:   # eight steps, on 64 images of it
-        patch.setattr(mokd, "get_data", lambda cfg: [torch.utils.data.Subset(part, range(64)) for part in toy(cfg)])
+        def few(cfg):
+            return [torch.utils.data.Subset(part, range(64)) for part in toy(cfg)]
+        patch.setattr(mokd, "get_data", few)
         for name, losses in (("mokd", "sm,cm,st,ct"), ("independent", "sm")):
-            assert mokd.main([*SMALL, *PAIR, "--log_every", "2", "--knn_every", "1" if name == "mokd" else "0",
+            assert mokd.main([*SMALL, *PAIR, "--log_every", "2", "--knn_every",
+                              "1" if name == "mokd" else "0",
                               "--losses", losses, "--out", str(out / name)]) == 0
     return out
 
 
 @pytest.fixture
 def both(runs):
-    return ["--checkpoint", runs / "independent" / "checkpoint.pth", runs / "mokd" / "checkpoint.pth", "--workers", 0]
+    return ["--checkpoint", runs / "independent" / "checkpoint.pth", runs / "mokd" / "checkpoint.pth",
+            "--workers", 0]
 
 
 def mean_of_grid(h, w, size):
-    """Mean distance of two points of a grid drawn alike: an offset (dy, dx) occurs (h - |dy|) (w - |dx|) times."""
+    """Mean distance of two points of a grid: an offset (dy, dx) occurs (h - |dy|) (w - |dx|) times."""
     return sum((h - abs(dy)) * (w - abs(dx)) * math.hypot(dy * size / h, dx * size / w)
                for dy in range(1 - h, h) for dx in range(1 - w, w)) / (h * w) ** 2
 
@@ -90,7 +96,7 @@ def slow_distance(weights, h, w, size):
     return total
 
 
-# ---------------------------------------------------------------------------------------------------------- distances
+# ------------------------------------------------------------------------------------------------ distances
 
 @pytest.mark.parametrize("h, w, size", [(4, 4, 32), (3, 5, 30), (7, 2, 14), (1, 1, 9)])
 def test_uniform_attention_reaches_the_mean_distance_of_the_grid_and_identity_nothing(h, w, size):
@@ -100,18 +106,21 @@ def test_uniform_attention_reaches_the_mean_distance_of_the_grid_and_identity_no
     assert figures.mean_distance(torch.eye(N), apart) == 0
     assert torch.allclose(figures.distances(h, w, size, None, torch.arange(N)[1:]), apart[1:])
     attention = torch.rand(2, 3, N, N).softmax(-1)
-    assert torch.allclose(figures.mean_distance(attention, apart).double(), slow_distance(attention, h, w, size), atol=1e-5)
+    assert torch.allclose(figures.mean_distance(attention, apart).double(),
+                          slow_distance(attention, h, w, size), atol=1e-5)
 
 
 def vit_arguments(folder, change, *more):
     """The command line of a small ViT whose weights `change` has changed."""
     kwargs = [*VIT, *more]
-    cfg = eval_knn.parse(["--arch", "vit_tiny", "--model_kwargs", *kwargs, "--data", "toy", "--image_size", "32"])
+    cfg = eval_knn.parse(["--arch", "vit_tiny", "--model_kwargs", *kwargs, "--data", "toy", "--image_size",
+                          "32"])
     model = eval_knn.load_backbones(cfg)["vit_tiny"].model
     with torch.no_grad():
         change(model)
     torch.save(model.state_dict(), folder / "weights.pth")
-    return model, ["--arch", "vit_tiny", "--model_kwargs", *kwargs, "--weights", folder / "weights.pth", "--data", "toy",
+    return model, ["--arch", "vit_tiny", "--model_kwargs", *kwargs, "--weights", folder / "weights.pth",
+                   "--data", "toy",
                    "--image_size", 32, "--workers", 0, "--out", folder / "figure"]
 
 
@@ -187,12 +196,15 @@ def test_attention_that_does_more_than_softmax_is_not_shown():
 
 def test_attention_in_windows_is_not_shown(tmp_path, capsys):
     for arch, kwargs, words in (
-            ("swin_tiny_patch4_window7_224", SWIN, "no such layers"), ("mobilevit_xxs", [], "not between all")):
+            ("swin_tiny_patch4_window7_224", SWIN, "no such layers"),
+        ("mobilevit_xxs", [], "not between all")):
         more = ["--model_kwargs", *kwargs] if kwargs else []
-        figure("attention", "--arch", arch, *more, "--data", "toy", "--image_size", 64, "--workers", 0, "--images", 2, "--out",
+        figure("attention", "--arch", arch, *more, "--data", "toy", "--image_size", 64, "--workers", 0,
+               "--images", 2, "--out",
              tmp_path / "a", code=2)
         errors = capsys.readouterr().err
-        assert f"skipped {arch}" in errors and words in errors and "no model is left; give --checkpoint" in errors
+        assert f"skipped {arch}" in errors and words in errors
+        assert "no model is left; give --checkpoint" in errors
 
 
 def naive_map_distance(Z, size):
@@ -213,25 +225,33 @@ SWIN = "img_size=64 embed_dim=8 depths=1,1,1,1 num_heads=1,1,1,1 window_size=2".
 def test_featuremap_equals_a_naive_loop_over_maps(runs, both, tmp_path, capsys):
     figure("featuremap", *both, "--images", 3, "--batch_size", 2, "--out", tmp_path / "f.png")
     assert "skipped 2 vit_tiny of mokd: its stages give tokens" in capsys.readouterr().err
-    found = numbers(tmp_path / "f")
     model = timm.create_model("resnet18", features_only=True, layers=(1, 1, 1, 1), channels=(8, 8, 16, 16))
     model.load_state_dict(torch.load(runs / "mokd" / "model1.pth", weights_only=True), strict=False)
     with torch.no_grad():
         maps = model.eval()(center_crops(torch.randperm(1024, generator=mokd.generator(0, "images"))[:3]))
-    assert [*found["mokd/1 resnet18/names"]] == ["act1", "layer1", "layer2", "layer3", "layer4"]
     expected = np.array([[naive_map_distance(Z, 32) for Z in Zs] for Zs in maps])
-    assert np.allclose(found["mokd/1 resnet18/distance"][:, 0], expected.mean(1), rtol=1e-4)
-    assert np.allclose(found["mokd/1 resnet18/deviation"][:, 0], expected.std(1), rtol=1e-2, atol=1e-4)
-    assert np.allclose(found["mokd/1 resnet18/uniform"], [mean_of_grid(s, s, 32) for s in (16, 8, 4, 2, 1)], rtol=1e-5)
-    assert not np.allclose(found["independent/1 resnet18/distance"], found["mokd/1 resnet18/distance"], rtol=1e-4)
+    uniform = [mean_of_grid(s, s, 32) for s in (16, 8, 4, 2, 1)]
+    stages = ["act1", "layer1", "layer2", "layer3", "layer4"]
+    for stem, first in (("off", 1), ("on", 0)):   # without the stem unless asked
+        figure("featuremap", *both, "--images", 3, "--batch_size", 2, "--stem", stem, "--out", tmp_path / "f")
+        found = numbers(tmp_path / "f")
+        assert [*found["mokd/1 resnet18/names"]] == stages[first:]
+        assert np.allclose(found["mokd/1 resnet18/distance"][:, 0], expected[first:].mean(1), rtol=1e-4)
+        assert np.allclose(found["mokd/1 resnet18/deviation"][:, 0], expected[first:].std(1), rtol=1e-2,
+                           atol=1e-4)
+        assert np.allclose(found["mokd/1 resnet18/uniform"], uniform[first:], rtol=1e-5)
+    assert not np.allclose(found["independent/1 resnet18/distance"], found["mokd/1 resnet18/distance"],
+                           rtol=1e-4)
     assert not any("vit" in key for key in found)
 
 
 def test_featuremap_of_known_maps_and_of_maps_in_parts():
-    Z = torch.randn(3, 45, 30, generator=torch.Generator().manual_seed(0))   # 1350 positions, more than one part
+    # 1350 positions, more than one part
+    Z = torch.randn(3, 45, 30, generator=torch.Generator().manual_seed(0))
     f = Z.flatten(1).T.double()
     weights, n = (f @ f.T / math.sqrt(3)).softmax(-1), torch.arange(1350)
-    apart = ((n[:, None] // 30 - n // 30) * 60 / 45).square() + ((n[:, None] % 30 - n % 30) * 60 / 30).square()
+    apart = ((n[:, None] // 30 - n // 30) * 60 / 45).square()
+    apart = apart + ((n[:, None] % 30 - n % 30) * 60 / 30).square()
     expected = [(weights * apart.sqrt()).sum().item() / 1350, mean_of_grid(45, 30, 60)]
     assert figures.of_map(Z, 60).tolist() == pytest.approx(expected, rel=1e-4)
     alike, unlike = torch.ones(5, 4, 6), 100 * torch.eye(12).view(12, 3, 4)
@@ -239,7 +259,8 @@ def test_featuremap_of_known_maps_and_of_maps_in_parts():
     assert figures.of_map(unlike, 24)[0] < 1e-6
 
 
-@pytest.mark.parametrize("arch, kwargs", [("efficientnet_b0", []), ("mobilenetv3_small_050", []), ("convnext_atto", []),
+@pytest.mark.parametrize("arch, kwargs", [("efficientnet_b0", []), ("mobilenetv3_small_050", []),
+                                          ("convnext_atto", []),
                                           ("swin_tiny_patch4_window7_224", SWIN)])
 def test_featuremap_reads_the_stages_of_any_cnn(arch, kwargs, tmp_path):
     more = ["--model_kwargs", *kwargs] if kwargs else []
@@ -248,20 +269,21 @@ def test_featuremap_reads_the_stages_of_any_cnn(arch, kwargs, tmp_path):
     found = numbers(tmp_path / "f")
     model = eval_knn.load_backbones(eval_knn.parse([*map(str, args)]))[arch].model
     with torch.no_grad():   # by another way than hooks
-        maps = model.forward_intermediates(center_crops(torch.randperm(1024, generator=mokd.generator(0, "images"))[:2], 64),
-                                           intermediates_only=True)
-    assert len(maps) >= len(found[f"{arch}/{arch}/distance"]) >= 4   # timm 1.0.9 counts a stem more
+        drawn = torch.randperm(1024, generator=mokd.generator(0, "images"))[:2]
+        maps = model.forward_intermediates(center_crops(drawn, 64), intermediates_only=True)
+    assert len(maps) >= len(found[f"{arch}/{arch}/distance"]) == 4   # the paper's x-axis: stages 1 to 4
     expected = [np.mean([naive_map_distance(Z, 64) for Z in Zs]) for Zs in maps[-4:] if Zs.shape[-1] <= 16]
-    assert len(expected) >= 3 and np.allclose(found[f"{arch}/{arch}/distance"][-len(expected):, 0], expected, rtol=1e-3)
+    assert len(expected) >= 3 and np.allclose(found[f"{arch}/{arch}/distance"][-len(expected):, 0], expected,
+                                              rtol=1e-3)
 
 
 def test_an_unreadable_image_is_left_out_and_a_folder_without_validation_will_do(tmp_path, capsys):
-    x, _ = mokd.draw_toy(8, "val")
+    x, _ = mokd.draw_toy(120, "val")
     _, args = vit_arguments(tmp_path, sharpen)
     found = []
     for name in ("all", "more"):
         (tmp_path / name / "a").mkdir(parents=True)
-        for i in range(3):
+        for i in range(120):
             Image.fromarray(x[i].permute(1, 2, 0).numpy()).save(tmp_path / name / "a" / f"{i}.png")
         if name == "more":
             (tmp_path / name / "a" / "broken.png").write_bytes(b"no image")
@@ -269,13 +291,14 @@ def test_an_unreadable_image_is_left_out_and_a_folder_without_validation_will_do
         found.append(numbers(tmp_path / "figure")["vit_tiny/vit_tiny/distance"])
     assert "broken.png" in capsys.readouterr().err
     assert np.allclose(*found, rtol=1e-5)
-    for i in range(3):
+    for i in range(60):
         (tmp_path / "more" / "a" / f"{i}.png").unlink()
-    figure("attention", *args, "--data", tmp_path / "more", code=2)
-    assert "none of 1 images can be read" in capsys.readouterr().err
+    for more in ([], ["--maps", "--images", 61]):   # the rule of all programs
+        figure("attention", *args, *more, "--data", tmp_path / "more", code=1)
+        assert "1 of 61 images cannot be read, more than 1 %" in capsys.readouterr().err
 
 
-def test_attention_shows_runs_side_by_side_and_names_what_it_skips(both, tmp_path, capsys):
+def test_attention_lays_runs_over_each_other_and_names_what_it_skips(both, tmp_path, capsys):
     figure("attention", *both, "--images", 5, "--out", tmp_path / "new" / "a")
     printed = capsys.readouterr()
     assert "attention: skipped 1 resnet18 of mokd: it has no such layers" in printed.err
@@ -283,8 +306,69 @@ def test_attention_shows_runs_side_by_side_and_names_what_it_skips(both, tmp_pat
     found = numbers(tmp_path / "new" / "a")
     assert {key.rpartition("/")[0] for key in found} == {"independent/2 vit_tiny", "mokd/2 vit_tiny"}
     assert all(found[f"{run}/2 vit_tiny/distance"].shape == (2, 2) for run in ("mokd", "independent"))
-    fig, _ = figures.FIGURES["attention"](settings("attention", *both, "--images", 5), torch.device("cpu"))
-    assert [ax.get_title() for ax in fig.axes] == ["independent\n2 vit_tiny", "mokd\n2 vit_tiny"]
+
+
+def test_distances_are_one_panel_a_model_with_bands_and_heads_as_dots():
+    rng = np.random.default_rng(0)
+    # images, layers, heads and uniform
+    found = {("a", "1 vit"): (["blocks.0", "blocks.1"], rng.random((7, 2, 4))),
+             ("b", "1 vit"): (["blocks.0", "blocks.1"], rng.random((7, 2, 4))),
+             ("b", "2 vit_other"): (["blocks.0"], rng.random((7, 1, 3)))}
+    fig, _ = figures.show_distances(settings("attention", "--arch", "vit_tiny", "--data", "toy"), found,
+                                    "layer")
+    assert [ax.get_title() for ax in fig.axes] == ["vit", "vit_other"]
+    lines, bands = fig.axes[0].lines, fig.axes[0].collections
+    pixels = found["b", "1 vit"][1][..., :-1]
+    mean, *dots, uniform = lines[5:]   # of run b
+    assert mean.get_xdata().tolist() == uniform.get_xdata().tolist() == [1, 2]   # layers count from 1
+    assert np.allclose(mean.get_ydata(), pixels.mean((0, 2)))
+    for head, dot in enumerate(dots):
+        assert dot.get_linestyle() == "None" and mean.get_color() == dot.get_color() != lines[0].get_color()
+        assert np.allclose(dot.get_ydata(), pixels.mean(0)[:, head])
+    assert len(dots) == 3
+    edges = bands[1].get_paths()[0].vertices
+    spread = pixels.mean(2).std(0, ddof=1)
+    assert np.allclose(edges[:, 1].min(), (pixels.mean((0, 2)) - spread).min())
+    assert np.allclose(edges[:, 1].max(), (pixels.mean((0, 2)) + spread).max())
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ["a", "b", "a head", "uniform attention"]
+    assert fig.axes[0].get_ylim() == fig.axes[1].get_ylim()
+
+
+def test_two_models_of_one_architecture_in_a_run_are_told_apart():
+    pixels = np.random.default_rng(0).random((3, 2, 2))
+    found = {(run, f"{i} resnet18"): (["layer1", "layer2"], pixels) for run in "ab" for i in (1, 2)}
+    fig, _ = figures.show_distances(settings("featuremap", "--arch", "resnet18", "--data", "toy"), found,
+                                    "stage")
+    texts = [t.get_text() for t in fig.legends[0].get_texts()]
+    # one head: no dots
+    assert texts == ["a, model 1", "a, model 2", "b, model 1", "b, model 2", "uniform attention"]
+    assert [t.get_text() for t in fig.axes[0].get_xticklabels()] == ["layer1", "layer2"]
+
+
+@pytest.mark.parametrize("more", [[], ["reg_tokens=1"], ["class_token=False", "global_pool=avg"]])
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_attention_maps_are_timms_own_weights_of_the_last_block(more, pool, tmp_path):
+    model, args = vit_arguments(tmp_path, sharpen, *more)
+    figure("attention", "--maps", *args, "--images", 3, "--batch_size", 2, "--vit_pool", pool)
+    found, weights = numbers(tmp_path / "figure"), []
+    model.eval().blocks[-1].attn.fused_attn = False
+    model.blocks[-1].attn.attn_drop.register_forward_hook(lambda module, x, y: weights.append(x[0].detach()))
+    with torch.no_grad():
+        model(center_crops(found["index"]))
+    prefix = model.num_prefix_tokens
+    rows = weights[0][:, :, prefix:, prefix:]   # patches ask
+    if pool == "cls" and prefix:
+        rows = weights[0][:, :, :1, prefix:]    # CLS asks
+    expected = (rows / rows.sum(-1, keepdim=True)).mean(2)
+    assert found["vit_tiny/vit_tiny/maps"].shape == (3, 2, 16)
+    assert np.allclose(found["vit_tiny/vit_tiny/maps"], expected, rtol=1e-3, atol=1e-6)
+    assert np.abs(found["vit_tiny/vit_tiny/maps"] * 16 - 1).max() > 0.2   # not uniform
+    fig, _ = figures.attention(settings("attention", "--maps", *args, "--images", 2, "--vit_pool", pool),
+                               torch.device("cpu"))
+    words = "CLS as query" if pool == "cls" and prefix else "mean over all patches as queries"
+    assert any(words in ax.get_xlabel() for ax in fig.axes)
+    shown = fig.axes[2].images[1].get_array()   # head 2 of the first image, over it
+    assert np.allclose(shown, 16 * expected[0, 1].reshape(4, 4), rtol=1e-3)
 
 
 def test_what_is_unset_is_the_first_checkpoints(runs, tmp_path):
@@ -307,7 +391,7 @@ def settings(*args):
     return figures.parse([*map(str, args)])
 
 
-# --------------------------------------------------------------------------------------------------------------- tsne
+# ----------------------------------------------------------------------------------------------------- tsne
 
 def test_relative_features_do_not_depend_on_width_rotation_and_scale():
     g = torch.Generator().manual_seed(0)
@@ -316,7 +400,8 @@ def test_relative_features_do_not_depend_on_width_rotation_and_scale():
     z = figures.relative(f, anchors)
     assert torch.allclose(z, figures.relative(5 * f @ turn, anchors @ turn), atol=1e-5)   # 9 wide
     assert not torch.allclose(z, figures.relative(f[:, :3], anchors[:, :3]), atol=0.1)
-    s = np.array([[x @ a / np.linalg.norm(x) / np.linalg.norm(a) for a in anchors.numpy()] for x in f.numpy()])
+    lengths = np.linalg.norm(f, axis=1)[:, None] * np.linalg.norm(anchors, axis=1)
+    s = f.numpy() @ anchors.numpy().T / lengths
     s = (s - s.mean(0)) / s.std(0, ddof=1)
     assert np.allclose(z, s / np.linalg.norm(s, axis=1, keepdims=True), atol=1e-5)
 
@@ -335,7 +420,8 @@ def test_agreement_is_that_of_the_nearest_other_image():
 
 
 def test_tsne_shows_the_drawn_classes_of_both_models_and_runs(runs, both, tmp_path, capsys):
-    figure("tsne", *both, "--classes", 3, "--per_class", 12, "--anchors", 40, "--perplexity", 5, "--out", tmp_path / "t")
+    figure("tsne", *both, "--classes", 3, "--per_class", 12, "--anchors", 40, "--perplexity", 5, "--out",
+           tmp_path / "t")
     printed, found = capsys.readouterr().out, numbers(tmp_path / "t")
     x, y = mokd.draw_toy(1024, "val")
     labels = y[found["images"]].numpy()
@@ -345,33 +431,41 @@ def test_tsne_shows_the_drawn_classes_of_both_models_and_runs(runs, both, tmp_pa
     for run in ("independent", "mokd"):
         assert np.array_equal(found[f"{run}/labels"], labels)
         for model in ("1 resnet18", "2 vit_tiny"):
-            assert found[f"{run}/{model}/xy"].shape == (36, 2) and np.isfinite(found[f"{run}/{model}/xy"]).all()
-    backbone = eval_knn.load_backbones(eval_knn.parse(["--checkpoint", str(runs / "mokd" / "checkpoint.pth")]))["2 vit_tiny"]
+            xy = found[f"{run}/{model}/xy"]
+            assert xy.shape == (36, 2) and np.isfinite(xy).all()
+    cfg = eval_knn.parse(["--checkpoint", str(runs / "mokd" / "checkpoint.pth")])
+    backbone = eval_knn.load_backbones(cfg)["2 vit_tiny"]
     with torch.no_grad():
         f, a = (backbone(center_crops(found[name]))[0] for name in ("images", "anchors"))
-    assert np.allclose(found["mokd/2 vit_tiny/relative"], figures.relative(f, a), atol=0.03)   # features come in half precision
+    # features come in half precision
+    assert np.allclose(found["mokd/2 vit_tiny/relative"], figures.relative(f, a), atol=0.03)
 
     cfg = settings("tsne", *both, "--classes", 3, "--per_class", 12, "--anchors", 40, "--perplexity", 5)
     for seed in (0, 1):
         cfg.seed = seed
         fig, again = figures.tsne(cfg, torch.device("cpu"))
-        assert np.array_equal(found["images"], again["images"]) == np.array_equal(found["mokd/2 vit_tiny/xy"],
-                                                                                  again["mokd/2 vit_tiny/xy"]) == (seed == 0)
+        for key in ("images", "mokd/2 vit_tiny/xy"):
+            assert np.array_equal(found[key], again[key]) == (seed == 0)
     assert [ax.get_title() for ax in fig.axes] == ["independent", "mokd"]
     shown = fig.axes[1].collections
     assert len(shown) == 2 and len({s.get_paths()[0].vertices.shape for s in shown}) == 2   # a marker a model
     assert all(len({*map(tuple, s.get_facecolors())}) == 3 for s in shown)                  # a color a class
-    assert [t.get_text() for t in fig.legends[0].get_texts()][:2] == ["1 resnet18", "2 vit_tiny"]
+    names = [t.get_text() for t in fig.legends[0].get_texts()]
+    assert names == ["1 resnet18", "2 vit_tiny"] + [figures.TOY[c] for c in sorted({*again["mokd/labels"]})]
+    colors = [h.get_color() for h in fig.legends[0].legend_handles]
+    assert colors[:2] == ["black", "black"] and not {"black", "gray", "#7f7f7f"} & {*colors[2:]}
+    assert all(h.get_markerfacecolor() == "none" for h in fig.legends[0].legend_handles[:2])
 
 
 def test_tsne_takes_one_model_and_all_classes_there_are(runs, tmp_path):
-    figure("tsne", "--checkpoint", runs / "mokd" / "checkpoint.pth", "--model", 2, "--per_class", 4, "--anchors", 20,
+    figure("tsne", "--checkpoint", runs / "mokd" / "checkpoint.pth", "--model", 2, "--per_class", 4,
+           "--anchors", 20,
          "--perplexity", 4, "--workers", 0, "--out", tmp_path / "t")
     found = numbers(tmp_path / "t")
     assert {*found["mokd/labels"]} == {*range(8)} and "mokd/agreement" not in found
 
 
-# ------------------------------------------------------------------------------------------------------ crops, curves
+# -------------------------------------------------------------------------------------------- crops, curves
 
 def test_crops_are_the_views_that_the_run_makes(runs, tmp_path):
     args = ["crops", "--checkpoint", runs / "mokd" / "checkpoint.pth", "--images", 3, "--workers", 0]
@@ -386,66 +480,328 @@ def test_crops_are_the_views_that_the_run_makes(runs, tmp_path):
         assert found[name].shape == (n, 3, *x.shape[1:]) and found[name].min() >= 0 and found[name].max() <= 1
         assert np.allclose(mokd.normalize(torch.from_numpy(found[name]).flatten(0, 1)), x, atol=1e-4)
     fig, _ = figures.crops(settings(*args), torch.device("cpu"))
-    assert [ax.get_title() for ax in fig.axes][:4] == ["global 0", "global 1", "local 2", "local 3"]
-    assert np.allclose(fig.axes[5].images[0].get_array(), found["global"][1, 1].transpose(1, 2, 0), atol=1e-6)   # row 1, column 1
+    assert [ax.get_title(loc="left") for ax in fig.axes][:4] == ["global", "", "local", ""]
+    # row 1, column 1
+    assert np.allclose(fig.axes[5].images[0].get_array(), found["global"][1, 1].transpose(1, 2, 0), atol=1e-6)
 
 
-def test_curves_are_the_log(runs, tmp_path):
-    figure("curves", "--log", runs / "mokd" / "log.jsonl", runs / "independent" / "log.jsonl", "--out", tmp_path / "c")
+def test_crops_need_no_checkpoint_and_take_the_settings_of_mokd(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = ["--checkpoint", runs / "mokd" / "checkpoint.pth", "--out", tmp_path / "run"]
+    figure("crops", *run, "--images", 3)
+    figure("crops", *SMALL, "--images", 3)
+    same, found = numbers(tmp_path / "run"), numbers(tmp_path / "crops")
+    assert found["global"].shape == same["global"].shape and found["local"].shape == same["local"].shape
+    x, _ = mokd.draw_toy(4096, "train")   # the fixture's run had 64 images; these are of all
+    cfg = mokd.parse_args(SMALL)
+    cfg.batch_size = 3
+    crops = [mokd.MultiCrop(torch.utils.data.TensorDataset(x, x), cfg)[0, int(i)] for i in found["index"]]
+    expected = mokd.make_views(torch.utils.data.default_collate(crops), cfg, torch.device("cpu"), 0)[0]
+    assert np.allclose(mokd.normalize(torch.from_numpy(found["global"]).flatten(0, 1)), expected, atol=1e-4)
+    figure("crops", "--demo", "--local_crops", 0, "--images=2", "--seed", 3, "--out", tmp_path / "d")
+    found = numbers(tmp_path / "d")
+    assert found["global"].shape == (2, 2, 3, 24, 24) and found["local"].size == 0
+    assert found["index"].tolist() != numbers(tmp_path / "crops")["index"].tolist()[:2]
+
+
+@pytest.mark.parametrize("width", [7, 3.3, 2.5])
+def test_local_views_larger_than_global_ones_are_shown_whole_and_at_one_scale(width):
+    cfg = settings("crops", *SMALL, "--global_size", 16, "--local_size", 32, "--images", 2, "--width", width)
+    fig, found = figures.crops(cfg, torch.device("cpu"))
+    assert found["local"].shape == (2, 2, 3, 32, 32)
+    assert fig.get_size_inches()[0] <= width + 1e-6
+    fig.canvas.draw()
+    boxes = [ax.get_window_extent() for ax in fig.axes]
+    pixel = [box.width / len(ax.images[0].get_array()) for box, ax in zip(boxes, fig.axes)]
+    assert np.allclose(pixel, pixel[0], rtol=1e-3)
+    assert np.allclose(fig.axes[2].images[0].get_array(), found["local"][0, 0].transpose(1, 2, 0))
+    for i, box in enumerate(boxes):   # within the figure, over no other
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= fig.bbox.x1 and box.y1 <= fig.bbox.y1
+        assert not any(box.overlaps(other) for other in boxes[:i])
+
+
+# ------------------------------------------------------------------------------------------- curves, losses
+
+def test_losses_are_the_log(runs, tmp_path):
+    figure("losses", "--log", runs / "mokd" / "log.jsonl", runs / "independent" / "log.jsonl", "--out",
+           tmp_path / "c")
     found = numbers(tmp_path / "c")
     records = [json.loads(line) for line in open(runs / "mokd" / "log.jsonl")]
     for name in ("loss1", "sm2", "ct1", "entropy_m1", "spread_t2", "lr2"):
         expected = [[r["step"], r[name]] for r in records if name in r]
-        assert len(expected) == 4 and found[f"mokd/{name}"].tolist() == expected
-    assert found["mokd/knn1"].tolist() == [[8, records[-1]["knn1"]]]
-    assert "independent/sm1" in found and "independent/ct1" not in found and "independent/knn1" not in found
+        assert len(expected) == 4 and found[f"mokd/{name}"].shape == (1, 4)
+        points = np.stack([found[f"mokd/{name}/steps"], found[f"mokd/{name}"][0]], 1)
+        assert points.tolist() == expected
+    assert "independent/sm1" in found and "independent/ct1" not in found and "mokd/knn1" not in found
 
 
-def test_curves_of_a_resumed_run_show_each_step_once(tmp_path):
-    for run, lines in (("a", ["2", "4", "6", "4", "6", "8"]), ("b", ["3"])):
-        (tmp_path / run).mkdir()
-        records = [dict(epoch=0, step=step, steps=8, loss1=10.0 * i, lr1=0.1, GB=1.0) for i, step in enumerate(lines)]
-        (tmp_path / run / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    cfg = settings("curves", "--log", tmp_path / "a" / "log.jsonl", tmp_path / "b" / "log.jsonl")
-    fig, found = figures.curves(cfg, torch.device("cpu"))
-    assert found["a/loss1"].tolist() == [[2, 0], [4, 30], [6, 40], [8, 50]] and "a/GB" not in found
-    assert [ax.get_title() for ax in fig.axes] == [f"model {i}: {what}" for what in ("loss", "learning rate") for i in "12"]
-    assert [line.get_label() for line in fig.axes[0].lines] == ["a: loss1", "b: loss1"]
-    assert fig.axes[0].lines[0].get_xydata().tolist() == found["a/loss1"].tolist()
-    assert cfg.out == str(tmp_path / "a" / "curves")
+def write_log(file, records, end=""):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(record) + "\n" for record in records) + end)
+    return file
 
 
-# ------------------------------------------------------------------------------------------------------------- errors
+def test_losses_of_a_resumed_run_show_each_step_once(tmp_path):
+    for run, lines in (("a", [2, 4, 6, 4, 6, 8]), ("b", [3])):
+        records = [dict(step=step, steps=8, loss1=10.0 * i, lr1=0.1, GB=1.0) for i, step in enumerate(lines)]
+        write_log(tmp_path / run / "log.jsonl", records)
+    cfg = settings("losses", "--log", tmp_path / "a" / "log.jsonl", tmp_path / "b" / "log.jsonl")
+    fig, found = figures.losses(cfg, torch.device("cpu"))
+    assert found["a/loss1/steps"].tolist() == [2, 4, 6, 8] and found["a/loss1"].tolist() == [[0, 30, 40, 50]]
+    assert "a/GB" not in found and cfg.out == str(tmp_path / "a" / "losses")
+    assert [ax.get_title() for ax in fig.axes] == ["model 1", "model 2", "", ""]   # no title twice
+    assert [ax.get_ylabel() for ax in fig.axes] == ["loss", "", "learning rate", ""]
+    assert fig.axes[0].lines[0].get_xydata().tolist() == [[2, 0], [4, 30], [6, 40], [8, 50]]
+    assert fig.axes[0].get_xlim() == fig.axes[2].get_xlim()
+
+
+def test_totals_of_other_terms_have_another_axis(runs):
+    cfg = settings("losses", "--log", runs / "independent", runs / "mokd")
+    fig, _ = figures.losses(cfg, torch.device("cpu"))
+    rows = {fig.axes[i].get_ylabel(): fig.axes[i] for i in range(0, len(fig.axes), 2)}
+    assert [*rows][:2] == ["loss\n(sm)", "loss\n(sm, st, cm, ct)"]
+    # sm of both runs and st of one share an axis
+    assert [len(rows[label].lines) for label in [*rows][:3]] == [1, 1, 3]
+    assert rows["loss\n(sm)"].lines[0].get_color() != rows["loss\n(sm, st, cm, ct)"].lines[0].get_color()
+    assert fig.axes[0].get_ylim() == fig.axes[1].get_ylim() != fig.axes[2].get_ylim()
+
+
+def test_curves_draw_knn_over_epochs_with_a_band_for_seeds(tmp_path):
+    accuracy = dict(mokd=[[50, 60, 64], [52, 62, 70], [51, 58, 67]], alone=[[40, 41, 42]])
+    for setting, seeds in accuracy.items():
+        for seed, values in enumerate(seeds):
+            records = [dict(epoch=e, step=10 * e, loss1=1.0) for e in range(4)]   # epochs count from 0
+            records += [dict(epoch=2 * i + 1, knn1=v, knn2=v + 1) for i, v in enumerate(values)]
+            write_log(tmp_path / setting / str(seed) / "log.jsonl", records)
+    figure("curves", "--log", tmp_path / "alone", tmp_path / "mokd", "--out", tmp_path / "c")
+    found = numbers(tmp_path / "c")
+    assert found["mokd/knn1/steps"].tolist() == [2, 4, 6] and found["mokd/knn1"].tolist() == accuracy["mokd"]
+    assert found["alone/knn2"].tolist() == [[41, 42, 43]]
+    cfg = settings("curves", "--log", tmp_path / "alone", tmp_path / "mokd", "--titles", "CNN", "ViT",
+                   "--pixels", 55)
+    fig, _ = figures.curves(cfg, torch.device("cpu"))
+    assert [ax.get_title() for ax in fig.axes] == ["CNN", "ViT"]
+    assert fig.axes[0].get_ylim() == fig.axes[1].get_ylim()
+    alone, mean, pixels = fig.axes[0].lines
+    assert mean.get_xydata().tolist() == [[2, 51], [4, 60], [6, 67]] and set(pixels.get_ydata()) == {55}
+    band, = fig.axes[0].collections   # one seed has none
+    y = band.get_paths()[0].vertices
+    for epoch, low, high in ((2, 50, 52), (4, 58, 62), (6, 64, 70)):   # deviations 1, 2, 3
+        assert (y[y[:, 0] == epoch, 1].min(), y[y[:, 0] == epoch, 1].max()) == pytest.approx((low, high))
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ["alone", "mokd, 3 runs", "raw pixels"]
+
+
+def test_a_setting_is_a_file_a_folder_or_a_pattern(tmp_path, capsys):
+    for name in ("mokd-0", "mokd-1", "other"):
+        write_log(tmp_path / name / "log.jsonl", [dict(epoch=0, knn1=1.0, knn2=2.0)])
+    write_log(tmp_path / "mokd-1" / "linear" / "log.jsonl", [dict(epoch=0, loss=1.0)])   # of another program
+    cfg = settings("curves", "--log", tmp_path / "mokd-*", tmp_path / "other" / "log.jsonl",
+                   tmp_path / "mokd-1")
+    assert cfg.names == ["mokd", "other", "mokd-1"] and cfg.out == str(tmp_path / "curves")
+    assert [len(tables) for tables in figures.read_logs(cfg).values()] == [2, 1, 1]
+    assert "skipped" in capsys.readouterr().err
+    cfg = settings("curves", "--log", tmp_path / "mokd-0", tmp_path / "mokd-1", "--names", "first seed",
+                   "second")
+    assert [*figures.curves(cfg, torch.device("cpu"))[1]][0].startswith("first seed/")
+    assert cfg.out == str(tmp_path / "mokd-0" / "curves")
+
+
+def test_seeds_are_drawn_to_where_all_of_them_are(tmp_path, capsys):
+    for seed, epochs in (("0", 5), ("1", 3)):
+        records = [dict(epoch=e, knn1=10.0 * e, knn2=1.0) for e in range(epochs)]
+        write_log(tmp_path / seed / "log.jsonl", records)
+    _, found = figures.curves(settings("curves", "--log", tmp_path), torch.device("cpu"))
+    assert found[f"{tmp_path.name}/knn1"].tolist() == [[0, 10, 20]] * 2
+    assert "knn1 is shown at 3 of 5 steps" in capsys.readouterr().err
+
+
+def test_torn_lines_of_a_log_are_skipped_with_a_word(tmp_path, capsys):
+    file = write_log(tmp_path / "log.jsonl", [dict(epoch=0, knn1=1.0, knn2=2.0)], '{"epoch": 1, "kn\n')
+    with open(file, "a") as f:   # the run was resumed
+        f.write(json.dumps(dict(epoch=1, knn1=3.0, knn2=4.0)) + "\n" + '{"ep')
+    figure("curves", "--log", file, "--out", tmp_path / "c")
+    assert numbers(tmp_path / "c")[f"{tmp_path.name}/knn1"].tolist() == [[1, 3]]
+    assert f"--log {file}: skipped 2 torn lines (2, 4)" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------- search
+
+def a_t_head(depth=1, dim=24, N=9, change=None):
+    """An untrained T-Head for tokens of its own width, with no positions."""
+    torch.manual_seed(0)
+    t_head = mokd.THead(dim, 16, dim=dim, depth=depth, num_heads=2, num_tokens=N).eval()
+    with torch.no_grad():
+        t_head.pos.zero_()
+        for block in t_head.blocks:
+            block.attn.qkv.bias.zero_()
+            block.attn.proj.bias.zero_()
+            if change:
+                change(block)
+    return t_head
+
+
+def test_a_query_equal_to_a_token_attends_to_that_token():
+    def compare_directly(block):   # queries and keys are the tokens themselves
+        block.attn.qkv.weight[:48] = 4 * torch.eye(24).repeat(2, 1)
+    t_head = a_t_head(change=compare_directly)
+    Z = torch.eye(12)[:9].repeat(1, 2).expand(3, 9, 24).clone()   # in both heads
+    Z[1] = Z[1].flip(0)
+    for token in range(9):
+        attention, change = figures.look_of_search(t_head, Z, Z[:, token])
+        assert attention.shape == (3, 1, 9) and change.shape == (3, 9)
+        assert (attention.argmax(-1) == token).all()
+        # The query sees two tokens like itself, itself and this one, and they share its attention.
+        assert np.allclose(attention[:, 0, token], 0.5, atol=0.01) and (attention.sum(-1) < 0.52).all()
+        assert (figures.effective(attention) < 1.3).all()
+
+
+def test_attention_and_change_of_a_search_equal_a_slow_computation():
+    g = torch.Generator().manual_seed(0)
+    def spread_out(block):
+        block.attn.qkv.weight.copy_(torch.randn(72, 24, generator=g) / 4)
+    t_head = a_t_head(2, change=spread_out)
+    Z, query = torch.randn(3, 9, 24, generator=g), torch.randn(3, 24, generator=g)
+    attention, change = figures.look_of_search(t_head, Z, query)
+    weights = []
+    for block in t_head.blocks:   # timm's slow path hands its weights to its dropout
+        block.attn.fused_attn = False
+        block.attn.attn_drop.register_forward_hook(lambda module, x, y: weights.append(x[0].detach()))
+    with torch.no_grad():
+        with_query = t_head.norm(t_head.blocks(torch.cat([query[:, None], Z], 1)))
+        expected = torch.stack([w[:, :, 0, 1:].mean(1) for w in weights], 1)
+        without = t_head.norm(t_head.blocks(Z))
+    assert np.allclose(attention, expected, atol=1e-5)
+    for b in range(3):
+        for n in range(9):
+            difference = (with_query[b, n + 1] - without[b, n]).norm() / without[b, n].norm()
+            assert change[b, n] == pytest.approx(difference.item(), rel=1e-3)
+
+    def silent(block):   # values are 0, so a query changes nothing
+        block.attn.qkv.weight[48:].zero_()
+    assert (figures.look_of_search(a_t_head(2, change=silent), Z, query)[1] == 0).all()
+
+
+def test_the_effective_number_of_tokens():
+    # the rest of a query's attention is its own
+    p = np.array([[1, 1, 1, 1], [0, 2, 0, 0], [1, 0, 1, 0]]) * 0.2
+    assert figures.effective(p) == pytest.approx([4, 1, 2])
+
+
+@pytest.mark.parametrize("view", [1, 3])
+def test_search_shows_students_among_momentum_tokens_trained_and_untrained(view, runs, tmp_path, capsys):
+    figure("search", "--checkpoint", runs / "mokd" / "checkpoint.pth", "--images", 2, "--view", view,
+           "--out", tmp_path / "s")
+    found, printed = numbers(tmp_path / "s"), capsys.readouterr().out
+    assert "1 to 2, untrained: " in printed and "2 to 1, trained: " in printed
+    cfg = mokd.parse_args([*SMALL, *PAIR])
+    cfg.batch_size, cfg.dtype = 2, "fp32"
+    crops = [mokd.MultiCrop(mokd.get_data(cfg)[0], cfg)[0, int(i)] for i in found["index"]]
+    x = mokd.make_views(torch.utils.data.default_collate(crops), cfg, torch.device("cpu"), 0)
+    query_view = [x[0][:2], x[0][2:], x[1][:2], x[1][2:]][view]
+    shown = mokd.normalize(torch.from_numpy(found["query_view"]))
+    assert np.allclose(shown, query_view, atol=1e-4)
+    models = mokd.build_models(cfg, torch.device("cpu"))
+    saved = torch.load(runs / "mokd" / "checkpoint.pth", weights_only=True)
+    for name in ("untrained", "trained"):
+        for (a, b), N in (((0, 1), 16), ((1, 0), 1)):   # a searches b; the CNN's map is one token here
+            student, momentum_net = models[a].net.eval(), models[b].momentum_net.eval()
+            with torch.no_grad():
+                query = student.t_head.query_of(student.backbone(query_view)[0])
+                expected = figures.look_of_search(momentum_net.t_head, momentum_net.backbone(x[0][:2])[1],
+                                                  query)
+            for what, value in zip(("attention", "change"), expected):
+                assert found[f"{a + 1} to {b + 1}/{name}/{what}"].shape[-1] == N
+                assert np.allclose(found[f"{a + 1} to {b + 1}/{name}/{what}"], value, atol=1e-5)
+        for model in models:
+            model.load_state(saved[f"model{model.i}"])
+    for key in ("1 to 2/{}/attention", "1 to 2/{}/change", "2 to 1/{}/change"):
+        assert not np.allclose(found[key.format("trained")], found[key.format("untrained")], rtol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------ for print
+
+@pytest.mark.parametrize("width", [3.3, 7])
+@pytest.mark.parametrize("name", ["tsne", "attention", "maps", "featuremap", "search", "crops", "curves",
+                                  "losses"])
+def test_a_figure_is_fit_for_print(name, width, runs, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+    saved, save = [], Figure.savefig
+    def keep(self, *args, **kwargs):
+        saved.append(self)
+        save(self, *args, **kwargs)
+    monkeypatch.setattr(Figure, "savefig", keep)
+    few = dict(tsne=["--per_class", 8, "--anchors", 20, "--perplexity", 5], attention=["--images", 4],
+               featuremap=["--images", 4]).get(name, ["--images", 1])
+    checkpoints = [runs / "mokd" / "checkpoint.pth"]
+    if name in ("tsne", "attention", "maps", "featuremap"):
+        checkpoints.append(runs / "independent" / "checkpoint.pth")
+    source = ["--checkpoint", *checkpoints, "--workers", 0, *few]
+    if name in ("curves", "losses"):
+        source = ["--log", runs / "mokd"]
+    words = ["attention", "--maps"] if name == "maps" else [name]
+    figure(*words, *source, "--width", width, "--out", tmp_path / "f")
+    fig = saved[0]
+    assert fig.get_size_inches()[0] <= width + 1e-6
+    with open(tmp_path / "f.pdf", "rb") as f:
+        pdf = f.read()
+    assert b"/CIDFontType2" in pdf and b"/Type3" not in pdf   # letters stay letters
+    texts = [t for t in fig.findobj(Text) if t.get_text().strip() and t.get_visible()]
+    assert texts and min(t.get_fontsize() for t in texts) >= 8
+    pixels = np.array(Image.open(tmp_path / "f.png").convert("L"))
+    for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):   # nothing is cut off
+        assert edge.min() == 255
+    titles = [ax.title for ax in fig.axes if ax.get_title()]
+    assert len({t.get_text() for t in titles}) == len(titles)   # no title twice
+
+
+# --------------------------------------------------------------------------------------------------- errors
 
 @pytest.mark.parametrize("args, words", [
-    ([], "the first word must be one of tsne, attention, featuremap, crops, curves"), (["tnse"], "'tnse' is no figure"),
-    (["tsne"], "--checkpoint FILE or --arch"), (["tsne", "--checkpoint", "HERE", "--arch", "resnet18"], "either --checkpoint"),
-    (["attention", "--checkpoint", "nowhere.pth"], "nowhere.pth"), (["attention", "--arch", "vit_tiny"], "--data"),
+    ([], "the first word must be one of tsne, attention, featuremap, search, crops, curves, losses"),
+    (["tnse"], "'tnse' is no figure"),
+    (["tsne"], "--checkpoint FILE or --arch"),
+    (["tsne", "--checkpoint", "HERE", "--arch", "resnet18"], "either --checkpoint"),
+    (["attention", "--checkpoint", "nowhere.pth"], "nowhere.pth"),
+    (["attention", "--arch", "vit_tiny"], "--data"),
     (["attention", "--checkpoint", "HERE", "--model", "1"], "of a ViT"),
+    (["attention", "--maps", "--checkpoint", "HERE", "--model", "1"], "of a ViT"),
     (["featuremap", "--checkpoint", "HERE", "--model", "2"], "of a CNN"),
     (["attention", "--checkpoint", "HERE", "HERE"], "called alike"),
+    (["attention", "--checkpoint", "HERE", "--names", "a", "b"], "--names: 2 names for 1 runs"),
     (["attention", "--checkpoint", "HERE", "--images", "0"], "--images 0"),
+    (["attention", "--checkpoint", "HERE", "--width", "1"], "--width 1"),
     (["tsne", "--checkpoint", "HERE", "--perplexity", "400"], "--perplexity 400"),
     (["tsne", "--checkpoint", "HERE", "--per_class", "128"], "--per_class 128"),
     (["tsne", "--checkpoint", "HERE", "--data", "nowhere"], "--data nowhere"),
-    (["crops"], "one --checkpoint"), (["crops", "--checkpoint", "HERE", "HERE"], "one --checkpoint"), (["curves"], "--log"),
-    (["curves", "--log", "nowhere.jsonl"], "nowhere.jsonl"), (["curves", "--log", "HERE"], "checkpoint.pth: no log"),
+    (["crops", "--data", "nowhere"], "--data nowhere"), (["crops", "--demo", "--images", "0"], "--images 0"),
+    (["crops", "--checkpoint", "HERE", "HERE"], "one --checkpoint"), (["search"], "--checkpoint FILE"),
+    (["search", "--checkpoint", "HERE", "HERE"], "one --checkpoint"),
+    (["search", "--checkpoint", "HERE", "--view", "4"], "--view 4: the run has views 0 to 3"),
+    (["search", "--checkpoint", "ALONE"], "has no T-Head"), (["curves"], "--log"), (["losses"], "--log"),
+    (["curves", "--log", "nowhere.jsonl"], "nowhere.jsonl"), (["losses", "--log", "HERE"], "holds no losses"),
+    (["curves", "--log", "nowhere*"], "no log.jsonl there"),
+    (["curves", "--log", "LOG"], "--knn_every, or draw losses"),
+    (["losses", "--log", "LOG", "--titles", "one"], "--titles: give two"),
     (["attention", "--checkpoint", "HERE", "--out", "/dev/null/x"], "--out /dev/null/x")])
 def test_what_figures_cannot_do_is_said(runs, args, words, capsys, tmp_path):
-    args = [runs / "mokd" / "checkpoint.pth" if a == "HERE" else a for a in args]
+    files = dict(HERE=runs / "mokd" / "checkpoint.pth", ALONE=runs / "independent" / "checkpoint.pth",
+                 LOG=runs / "independent" / "log.jsonl")
+    args = [files.get(a, a) for a in args]
     out = ["--out", tmp_path / "x", "--workers", 0] if len(args) > 1 and "--out" not in args else []
     assert words in refused([*args, *out], capsys)
 
 
 def test_a_figure_that_cannot_be_written_is_named(runs, capsys, tmp_path):
     (tmp_path / "c.pdf").mkdir()
-    message = refused(["curves", "--log", runs / "mokd" / "log.jsonl", "--out", tmp_path / "c"], capsys, code=1)
+    message = refused(["curves", "--log", runs / "mokd" / "log.jsonl", "--out", tmp_path / "c"], capsys,
+                      code=1)
     assert f"--out {tmp_path / 'c'}: cannot be written" in message
 
 
 @pytest.mark.parametrize("content, words", [
-    ("", "holds no losses"), ('{"epoch": 0}\n', "holds no losses"), ("[1]\n", "no log.jsonl"),
-    ('{"step": 4, "loss1": 1.0}\n{"ep', "damaged after step 4")])
+    ("", "holds no losses"), ('{"epoch": 0}\n', "holds no losses"), ("[1]\n", "holds no losses"),
+    ('{"step": 4, "loss1": "x"}\n{"ep', "holds no losses")])
 def test_a_log_that_is_none_is_named(content, words, tmp_path, capsys):
     (tmp_path / "log.jsonl").write_text(content)
     message = refused(["curves", "--log", tmp_path / "log.jsonl"], capsys)
