@@ -401,7 +401,7 @@ def run(cfg):
     turns = [{name: cfg.lr or (usual[b.family],) for name, b in backbones.items()}]
     if cfg.finetune and cfg.lr:
         turns = [dict.fromkeys(backbones, (rate,)) for rate in cfg.lr]
-    watch = mokd.Watch(images, cfg.data)
+    watch = mokd.Watch(images)
     for turn in range(done["turn"], len(turns)):
         net = Classifiers()
         for name, b in backbones.items():

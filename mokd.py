@@ -316,8 +316,8 @@ def generator(*key):
 
 class Watch:
     """What ends a loop between two steps: a signal, or too many unreadable images, at any process."""
-    def __init__(self, images, data):
-        self.images, self.data, self.unreadable, self.caught = images, data, set(), set()
+    def __init__(self, images):
+        self.images, self.unreadable, self.caught = images, set(), set()
         self.parent = os.getppid()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.note)
@@ -343,13 +343,13 @@ class Watch:
             met = torch.zeros(len(self.images), dtype=torch.int32)
             met[list(new)] = 1
             self.unreadable |= set(sum_over_processes(met).nonzero().flatten().tolist())
-            refuse_unreadable(len(self.unreadable), len(self.images), self.data)
+            refuse_unreadable(len(self.unreadable), len(self.images))
         return signal.SIGTERM if terminated else signal.SIGINT if interrupted else None
 
-def refuse_unreadable(n, total, data):
+def refuse_unreadable(n, total):
     if n > 0.01 * total:
-        raise UserError(f"--data {data}: {n} of {total} images cannot be read, more than 1 %: mend or remove "
-                        f"those named above", code=1)
+        raise UserError(f"--data: {n} of {total} images cannot be read, more than 1 %: mend or remove those "
+                        f"named above", code=1)
 
 # ----------------------------------------------------------------------------------------------- data: images
 TRAIN, SPLIT = (dict(train=True), dict(train=False)), (dict(split="train"), dict(split="test"))
@@ -1104,7 +1104,7 @@ def extract_features(backbones, views, device, batch_size=256, workers=0, rank=0
     for b, mode in zip(backbones, modes):
         b.train(mode)
     labels = torch.cat(labels).to(device)
-    refuse_unreadable(int(sum_over_processes((labels == NO_IMAGE).sum())), len(views), "")
+    refuse_unreadable(int(sum_over_processes((labels == NO_IMAGE).sum())), len(views))
     if not all(rows.isfinite().all() for rows in features):
         raise UserError("features are not finite: the weights are damaged, or try --dtype fp32", code=1)
     return features, labels
@@ -1299,7 +1299,7 @@ def train(cfg, models, images, val, state, device, rank, world):
         say(f"resumed {cfg.out}/checkpoint.pth at step {step}")
     first, per_epoch = step, len(images) // cfg.batch_size
     steps, save_every = cfg.epochs * per_epoch, cfg.save_every or per_epoch
-    watch, window, start = Watch(images, cfg.data), [], time.time()
+    watch, window, start = Watch(images), [], time.time()
     clock = start
 
     def log_knn():   # after the last step of every knn_every epochs

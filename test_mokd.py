@@ -1764,7 +1764,7 @@ def test_unlike_class_folders_are_refused_before_knn(folder, tmp_path, capsys):
 
 
 def test_an_image_counts_once_whoever_met_it(monkeypatch, capsys):
-    watch = mokd.Watch(list(range(300)), "x")
+    watch = mokd.Watch(list(range(300)))
     try:
         others = []   # what the other process of two has met
         monkeypatch.setattr(mokd, "sum_over_processes", lambda x: x + others.pop(0))

@@ -459,7 +459,7 @@ def train(cfg, net, images, device, rank, world):
     order = SimpleNamespace(batch_size=cfg.batch_size, seed=cfg.seed,
                             epochs=cfg.iterations // (len(images) // cfg.batch_size) + 1)
     keys = itertools.islice(mokd.batches(len(images), order, first, rank, world), cfg.iterations - first)
-    watch, window = mokd.Watch(images, cfg.data), []
+    watch, window = mokd.Watch(images), []
     step = since = first
     start = clock = time.time()
     for batch in mokd.make_loader(images, device, cfg.workers, batch_sampler=keys, collate_fn=list):
