@@ -17,9 +17,9 @@ from test_mokd import CNN, PAIR, SMALL, VIT, config, now_of, views_of
 # ---------------------------------------------------------------------------------------- CUDA, on a machine without a GPU
 
 class FakeGPU(TorchDispatchMode):
-    """Tensors of cuda:0 are fake: they have a shape, a type and a device, but no values. An operation on tensors of two devices raises, as
-    does one whose shape depends on values (nonzero). Other waits for the device are noted with their line, and what is waited for
-    is 1. Tensors of the CPU are real. To be entered inside FakeTensorMode."""
+    """Tensors of cuda:0 are fake: they have a shape, a type and a device, but no values. An operation on tensors of two devices raises.
+    A wait for the device is noted with its line; a value that is waited for is 1, a search for what is not zero finds nothing.
+    Tensors of the CPU are real. To be entered inside FakeTensorMode."""
     def __init__(self):
         super().__init__()
         self.waits = []
@@ -34,6 +34,9 @@ class FakeGPU(TorchDispatchMode):
         if func is torch.ops.aten._to_copy.default and device is not None and device.type == "cpu" and on_gpu:
             self.wait()
             return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        if func is torch.ops.aten.nonzero.default and on_gpu:
+            self.wait()
+            return torch.empty(0, args[0].dim(), dtype=torch.long, device=args[0].device)
         if on_gpu or device is not None and device.type == "cuda":
             if func is torch.ops.aten._to_copy.default and not on_gpu and not kwargs.get("non_blocking"):
                 self.wait()
@@ -151,9 +154,6 @@ def test_a_wait_and_a_tensor_of_the_cpu_in_a_step_are_noticed(gpu, monkeypatch):
     monkeypatch.setattr(mokd, "cross_entropy", lambda p, s, temp: real(p * torch.ones(cfg.out_dim), s, temp))
     with pytest.raises(RuntimeError, match="devices,? cuda:0.* cpu"):
         step()
-    monkeypatch.setattr(mokd, "cross_entropy", lambda p, s, temp: real(p[p.sum(-1).nonzero()[:, 0]], s, temp))
-    with pytest.raises(Exception, match="nonzero"):
-        step()
 
 
 @pytest.mark.parametrize("program", ["mokd.py", "eval_linear.py", "eval_linear.py --finetune"])
@@ -163,6 +163,7 @@ def test_more_steps_on_cuda_bring_no_more_waits(program, gpu, monkeypatch, tmp_p
     monkeypatch.setattr(mokd, "join_processes", lambda: (gpu.device, 0, 1))
     monkeypatch.setattr(mokd, "write", lambda value, path: None)   # there are no values
     monkeypatch.setattr(mokd, "memory_gb", lambda device: 0.0)
+    mokd.mean_and_std(gpu.device)   # of which a copy is kept
     counts = []
     for steps in (1, 2):
         monkeypatch.setattr(mokd, "get_data", lambda cfg: [
@@ -172,7 +173,7 @@ def test_more_steps_on_cuda_bring_no_more_waits(program, gpu, monkeypatch, tmp_p
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*pin_memory.*")
             if program == "mokd.py":
-                mokd.run(mokd.parse_args([*SMALL, *PAIR, *common]))
+                mokd.run(mokd.parse_args([*SMALL, *PAIR, "--losses", "sm", "--local_crops", "0", *common]))
             else:
                 eval_linear.run(eval_linear.parse([
                     "--arch", "vit_tiny", "--model_kwargs", *VIT, "--image_size", "32", "--data", "toy", "--batch_size", "8",
