@@ -1,23 +1,28 @@
-"""MOKD: Multi-mode Online Knowledge Distillation for self-supervised visual representation learning
-(Song et al., CVPR 2023, arXiv 2304.06461), in one file.
+"""MOKD: Multi-mode Online Knowledge Distillation for self-supervised visual representation learning (Song et
+al., CVPR 2023, arXiv 2304.06461), in one file.
 
-Two different backbones learn together, without labels. Each is taught by its own momentum copy (self-distillation) and
-by the other's (cross-distillation), through an MLP-Head on the pooled representation and a T-Head on the local features,
-in which one model's pooled feature searches the other's local features.
+Two different backbones learn together, without labels. Each learns from its own momentum copy
+(self-distillation) and from the other's (cross-distillation), in two spaces: an MLP-Head reads the pooled
+representation, and a T-Head reads the local features, where one model's pooled feature searches the other
+model's local features.
 
-    python mokd.py --demo                                                    # minutes on two cores, needs no data
-    python mokd.py --data /path/to/images --arch1 resnet18 --arch2 vit_tiny  # one process, on whatever device there is
-    torchrun --nproc_per_node=8 mokd.py --arch1 resnet50 --arch2 vit_small   # the paper's ImageNet recipe
+    python mokd.py --demo                                                   # minutes on two cores, no data
+    python mokd.py --data path/to/images --arch1 resnet18 --arch2 vit_tiny  # one process, any device
+    torchrun --nproc_per_node=8 mokd.py --arch1 resnet50 --arch2 vit_small  # the paper's ImageNet recipe
 
-The order is the paper's: settings (A.1), views (A.1), backbones and heads with the feature search (3.1, 3.3, 3.4, Fig. 3),
-losses (3.2, 3.3), schedules and optimizers (A.1), Algorithm 1 (train_step); then k-NN, checkpoints, log and main.
-Names are Algorithm 1's: m and t are logits of the MLP-Head and the T-Head, Z is a representation, a trailing _ is the
-momentum net. In shapes, B is the images of one process, V = 2 + L the views of an image (2 global, then L local), K the
-logits of a head, C a backbone's channels, N its tokens.
+The order is the paper's: settings and views (A.1), backbones, heads and the feature search (3.3, 3.4), losses
+(3.2, 3.3), schedules, optimizers, and Algorithm 1 (train_step). k-NN, checkpoints, the toy data and main
+follow.
+
+Names are Algorithm 1's: m and t are logits of the MLP-Head and the T-Head, Z is a representation, and a
+trailing _ belongs to the momentum net. In shapes, B is the images of one process and V = 2 + L the views of
+an image (2 global ones, then L local ones). K is the logits of a head, C the channels of a backbone, N its
+tokens.
 """
-import argparse, ast, copy, difflib, functools, hashlib, json, math, os, signal, sys, time   # noqa: E401
+import argparse, ast, copy, difflib, functools, hashlib, json, math, multiprocessing, os, shutil  # noqa: E401
+import signal, sys, time, zipfile  # noqa: E401
 from collections import namedtuple
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 
 import timm
 import torch
@@ -29,189 +34,233 @@ from PIL import Image
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch.nn.utils.parametrizations import weight_norm
-from torch.utils.data import Subset
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torchvision.transforms.v2 import RandomResizedCrop, functional as TF
 
 class UserError(Exception):
-    """Ends the program with one sentence for the user. Exit code 2: the command was wrong; 1: the run failed."""
+    """Ends the program with one sentence for the user. Code 2: the command was wrong. Code 1: the run
+    failed."""
     def __init__(self, message, code=2):
         super().__init__(message)
         self.code = code
 
-# ------------------------------------------------------------------------------------------------------- settings
-def flag(default, help, low=0, high=math.inf, group=None, choices=None, may_differ=False, nargs=None):
-    """One setting: a number lies between low and high, `group` opens a group of --help, `may_differ` lets a resumed run change it,
-    `nargs` "+" takes any count of numbers."""
-    default = dict(default_factory=dict) if default == {} else dict(default=default)
-    return field(**default, metadata=dict(help=help, low=low, high=high, group=group, choices=choices, may_differ=may_differ, nargs=nargs))
+# --------------------------------------------------------------------------------------------- settings (A.1)
+def flag(default, help, group=None, low=0, high=math.inf, choices=None, nargs=None, may_differ=False):
+    """One setting. Its numbers lie between low and high; `group` opens a group of --help; `nargs` "+" takes
+    any count of values; a setting that `may_differ` can change when a run resumes."""
+    data = dict(help=help, group=group, low=low, high=high, choices=choices, nargs=nargs,
+                may_differ=may_differ)
+    if default == {}:
+        return field(default_factory=dict, metadata=data)
+    return field(default=default, metadata=data)
+
+free = functools.partial(flag, may_differ=True)
 
 @dataclass
 class Config:
-    """Every setting, its source in brackets; Config() is the paper's ImageNet recipe. The command line is made of it."""
-    arch1: str = flag("resnet50", "backbone 1: a name of the paper's, or any timm model [Tables 1, S1]", group="models")
-    arch2: str = flag("vit_small", "backbone 2, perhaps the same [Tables 1, S1]")
-    patch_size: int = flag(16, "patch of vit_tiny/small/base, pixels [A.1]", low=1)
-    model_kwargs1: dict = flag({}, "arguments of timm.create_model for backbone 1, e.g. channels=16,32,64,128")
-    model_kwargs2: dict = flag({}, "the same for backbone 2")
-    init1: str = flag("", "start backbone 1 from this file: a model1.pth, or a timm, torchvision or DINO state dict")
-    init2: str = flag("", "the same for backbone 2")
-    vit_pool: str = flag("mean", "a ViT's pooled feature: its patches' mean [3.2], or CLS [released code]", choices=("mean", "cls"))
+    """Every setting, its source in brackets. Config() is the paper's recipe for ImageNet. The command line is
+    made from this class: a new line here is a new flag, with help, and it guards resuming unless it is
+    `free`."""
+    arch1: str = flag("resnet50", "backbone 1: a short name of the paper's or any timm model [4]", "models")
+    arch2: str = flag("vit_small", "backbone 2; it may equal backbone 1 [4]")
+    patch_size: int = flag(16, "patch of vit_tiny, vit_small and vit_base in pixels [DINO]", low=1)
+    model_kwargs1: dict = flag({}, "arguments of timm.create_model for backbone 1, as channels=16,32,64,128")
+    model_kwargs2: dict = flag({}, "arguments of timm.create_model for backbone 2")
+    init1: str = flag("", "first weights of backbone 1: a model1.pth, or a file of timm, DINO, MoCo")
+    init2: str = flag("", "first weights of backbone 2")
+    vit_pool: str = flag("mean", "pooled feature of a ViT: the mean of its patch tokens [3.2], or its CLS "
+                         "token [released code]", choices=("mean", "cls"))
     drop_path: float = flag(0.1, "stochastic depth of a student ViT [released code]", high=0.9)
 
-    out_dim: int = flag(65536, "K, logits of every head [A.1]", low=2, group="heads")
-    hidden_dim: int = flag(2048, "hidden width of an MLP-Head [A.1]", low=1)
-    bottleneck_dim: int = flag(256, "width before an MLP-Head's last layer [A.1]", low=1)
-    t_dim: int = flag(384, "width of both T-Heads [3.4]; 0: the ViT's, if one model is a ViT [released code]")
-    t_depth: int = flag(3, "blocks of a T-Head [A.1]", low=1)
-    t_heads: int = flag(6, "attention heads of a T-Head [3.4]", low=1)
-    t_norm: bool = flag(False, "L2-normalize a T-Head's mean token before its last layer; off [released code]")
+    out_dim: int = flag(65536, "K, logits of a head [3.4]; use fewer for few images", "heads", low=2)
+    hidden_dim: int = flag(2048, "hidden width of an MLP-Head [DINO]", low=1)
+    bottleneck_dim: int = flag(256, "width before the last layer of an MLP-Head [DINO]", low=1)
+    t_dim: int = flag(384, "width of both T-Heads [3.4: as ViT-Small]; 0 takes the ViT's [released code]")
+    t_depth: int = flag(3, "blocks of a T-Head [3.4]", low=1)
+    t_heads: int = flag(6, "attention heads of a T-Head [3.4: as ViT-Small]", low=1)
+    t_norm: bool = flag(False, "L2-normalize what a T-Head's last layer reads; try it if a T-Head collapses")
 
-    recipe: str = flag("paper", "whose defaults", group="losses", choices=("paper", "release"), may_differ=True)
-    losses: str = flag("sm,cm,st,ct", "any subset with sm; sm alone is two independent DINO runs [Table 7]")
-    lambda1: float = flag(None, "of cm1 and ct1; unset: larger backbone 1, smaller 0.1 [4.5]; CNN 1, ViT 0.1 [released code]")
-    lambda2: float = flag(None, "the same of cm2 and ct2")
-    search: str = flag("all", "pairs of views that search [Alg. 1]; local [released code]", choices=("all", "global", "local"))
-    search_center: bool = flag(True, "center search outputs with the T-Head's center [A.1]; off [released code]")
-    student_temp: float = flag(0.1, "tau [A.1]", low=1e-3)
-    teacher_temp: float = flag(0.07, "tau' after its rise [A.1]; lower it if entropies in log.jsonl stay near log K", low=1e-3)
-    teacher_temp_start: float = flag(0.04, "tau' in the first epoch [A.1]", low=1e-3)
+    recipe: str = flag("paper", "settings to start from, the paper's or the released code's; flags win",
+                       "losses", choices=("paper", "release"))
+    losses: str = flag("sm,cm,st,ct", "losses, sm among them; sm alone trains two independent nets [Table 7]")
+    lambda1: float = flag(None, "weight of cm1 and ct1. By default the larger backbone has 1 and the smaller "
+                          "0.1 [4.5, A.1]; with --recipe release a CNN 1, a ViT 0.1. Raise the worse model's")
+    lambda2: float = flag(None, "weight of cm2 and ct2, by the same rule")
+    search: str = flag("all", "pairs of views that search: all different ones, the global ones [Alg. 1], or "
+                       "local views in global view 0 [released code]", choices=("all", "global", "local"))
+    search_center: bool = flag(True, "center searches by the T-Head's center [A.1]; off [released code]")
+    student_temp: float = flag(0.1, "tau, temperature of the students [A.1]", low=1e-3)
+    teacher_temp: float = flag(0.07, "tau' after its rise [A.1]; lower it if entropies stay high", low=1e-3)
+    teacher_temp_start: float = flag(0.04, "tau', temperature of the momentum nets, at first [A.1]", low=1e-3)
     teacher_temp_epochs: int = flag(30, "epochs in which tau' rises [A.1]")
-    teacher_temp_epochs_cnn: int = flag(None, "the same for a CNN's self-distillation; 50 [released code]; unset: as above")
-    center_momentum: float = flag(0.9, "momentum of the centers [A.1]", high=1)
-    ema: float = flag(0.996, "l, momentum of the momentum nets, 1 at the end [A.1]; lower it for few steps", high=1)
+    teacher_temp_epochs_cnn: int = flag(None, "the same for self-distillation of a CNN; 50 [released code]")
+    center_momentum: float = flag(0.9, "momentum of the centers [DINO]; lower it for few steps", high=1)
+    ema: float = flag(0.996, "l, momentum of momentum nets, at last 1 [DINO]; lower it for few steps", high=1)
 
-    global_size: int = flag(224, "pixels of the 2 global views [A.1]", low=1, group="views")
-    global_scale: tuple = flag((0.25, 1.0), "part of the image that a global view covers [A.1]", low=1e-4, high=1)
-    local_size: int = flag(96, "pixels of the local views [A.1]", low=1)
-    local_scale: tuple = flag((0.05, 0.25), "part of the image that a local view covers [A.1]", low=1e-4, high=1)
-    local_crops: int = flag(8, "L, local views of an image [A.1]; may be 0")
-    jitter: tuple = flag((0.4, 0.4, 0.2, 0.1), "brightness, contrast, saturation, hue; with probability 0.8 [A.1]")
-    grayscale: float = flag(0.2, "probability of grayscale [released code]; 0 [A.1]", high=1)
-    blur: tuple = flag((0.1, 2.0), "sigma of the blur, pixels [A.1]; on 1, 0.1, 0.5 of the views [released code]; 0 0: none")
-    solarize: float = flag(0.2, "probability of solarizing global view 1 [released code]; 0 [A.1]", high=1)
+    global_size: int = flag(224, "size of the 2 global views in pixels [A.1]", "views", low=1)
+    global_scale: tuple = flag((0.25, 1.0), "part of the image in a global view [A.1]", low=1e-4, high=1)
+    local_size: int = flag(96, "size of the local views in pixels [A.1]", low=1)
+    local_scale: tuple = flag((0.05, 0.25), "part of the image in a local view [A.1]", low=1e-4, high=1)
+    local_crops: int = flag(8, "L, local views of an image [A.1]; 0 for none")
+    jitter: tuple = flag((0.4, 0.4, 0.2, 0.1), "brightness, contrast, saturation, hue, at 0.8 [DINO]")
+    grayscale: float = flag(0.2, "probability of grayscale [released code]; A.1 names none", high=1)
+    blur: tuple = flag((0.1, 2.0), "range of sigma of the Gaussian blur in pixels [DINO]; 0 0 for none")
+    solarize: float = flag(0.2, "probability of solarizing global view 1 [released code]; not A.1", high=1)
 
-    data: str = flag("imagenet", "folder of images, torchvision data set (cifar10, fashion_mnist, ...), or toy", group="data")
-    data_root: str = flag("data", "folder to which torchvision data sets are downloaded", may_differ=True)
-    workers: int = flag(None, "loaders of each process; unset: its share of the cores, at most 16; 1 without a GPU", may_differ=True)
+    data: str = flag("imagenet", "image folder, torchvision data set (cifar10, ...), or toy", "data")
+    data_root: str = free("data", "folder to which torchvision data sets are downloaded")
+    workers: int = free(None, "loaders of each process; by default its share of the cores, up to 16 (1 "
+                        "without a GPU); raise it if the GPU waits for data")
 
-    epochs: int = flag(100, "epochs [A.1]", low=1, group="optimization")
-    batch_size: int = flag(256, "images of a step, over all processes [A.1]", low=1)
-    warmup_epochs: int = flag(10, "epochs in which learning rates rise [A.1]")
-    cnn_optimizer: str = flag("sgd", "of CNNs: networks with batch norm [A.1]", choices=("sgd", "adamw"))
-    vit_optimizer: str = flag("adamw", "of ViTs: networks without [A.1]", choices=("sgd", "adamw"))
-    t_optimizer: str = flag("adamw", "of a CNN's T-Head, at vit_lr and vit_wd; sgd [released code]", choices=("sgd", "adamw"))
-    cnn_lr: float = flag(0.1, "peak learning rate of CNNs, times batch_size / 256 [A.1]")
-    vit_lr: float = flag(3e-4, "the same of ViTs and all T-Heads [A.1]")
-    cnn_lr_end: float = flag(1e-6, "last learning rate of CNNs [DINO]; 0.0048 [released code]")
-    vit_lr_end: float = flag(1e-6, "the same of ViTs and all T-Heads [DINO]; 1e-5 [released code]")
-    cnn_wd: float = flag(1e-4, "weight decay of CNNs, never on biases and 1-D parameters [A.1]")
-    vit_wd: float = flag(0.04, "the same of ViTs and all T-Heads [A.1]")
-    wd_end: float = flag(None, "vit_wd goes to this by a cosine; 0.4 [released code]; unset: constant [A.1]")
-    clip_grad: float = flag(3.0, "norm to which each parameter's gradient is clipped [released code]; 0: no clipping")
-    freeze_last_layer: int = flag(1, "epochs in which heads' last layers stand still [released code]; raise it if losses rise")
+    epochs: int = flag(100, "epochs [4]", "optimization", low=1)
+    batch_size: int = flag(256, "images of a step over all processes [4, A.1]", low=1)
+    warmup_epochs: int = free(10, "epochs in which learning rates rise [A.1]; raise it if losses rise")
+    cnn_optimizer: str = flag("sgd", "for CNNs, the nets with batch norm [3.4]", choices=("sgd", "adamw"))
+    vit_optimizer: str = flag("adamw", "for ViTs, the nets without [3.4]", choices=("sgd", "adamw"))
+    t_optimizer: str = flag("adamw", "for a CNN's T-Head, with vit_lr and vit_wd; sgd in the [released code] "
+                            "and by the rule of 3.4", choices=("sgd", "adamw"))
+    cnn_lr: float = free(0.1, "peak rate of CNNs [A.1], times batch_size / 256 [DINO]; lower if losses rise")
+    vit_lr: float = free(3e-4, "peak rate of ViTs, T-Heads [A.1], times batch_size / 256 [DINO]; as cnn_lr")
+    cnn_lr_end: float = free(1e-6, "last learning rate of CNNs [DINO]; 0.0048 [released code]")
+    vit_lr_end: float = free(1e-6, "last learning rate of ViTs and T-Heads [DINO]; 1e-5 [released code]")
+    cnn_wd: float = flag(1e-4, "weight decay of CNNs [A.1], never on 1-D parameters [DINO]")
+    vit_wd: float = flag(0.04, "weight decay of ViTs and T-Heads [A.1], never on 1-D parameters [DINO]")
+    wd_end: float = flag(None, "vit_wd goes to this by a cosine, 0.4 in the [released code]; else it stays")
+    clip_grad: float = free(3.0, "norm to which each gradient tensor is clipped [released code]; 0 for none")
+    freeze_last_layer: int = flag(1, "epochs of still last layers [released code]; raise if losses rise")
 
-    out: str = flag("", "folder of checkpoints, weights and log; unset: runs/ARCH1-ARCH2", group="running", may_differ=True)
+    out: str = free("", "folder of results; by default runs/ARCH1-ARCH2", "running")
     seed: int = flag(0, "seed of everything that is drawn")
-    dtype: str = flag("auto", "of autocast; auto: bf16, else fp16, on a GPU; else fp32", choices=("auto", "bf16", "fp16", "fp32"))
-    compile: bool = flag(False, "torch.compile both models", may_differ=True)
-    log_every: int = flag(20, "steps between log lines", low=1, may_differ=True)
-    save_every: int = flag(0, "steps between checkpoints; 0: one each epoch", may_differ=True)
-    knn_every: int = flag(0, "epochs between k-NN evaluations of the momentum nets; 0: none", may_differ=True)
-    knn_k: int = flag(20, "neighbors of that evaluation [A.2]", low=1, may_differ=True)
-    demo: bool = flag(False, "train a small pair on toy and compare k-NN accuracy before and after", may_differ=True)
-    preview: str = flag("", "write the views of a few images to this .png file and exit", may_differ=True)
-    benchmark: int = flag(0, "time this many steps, say where the time goes, and exit", may_differ=True)
+    dtype: str = free("auto", "numbers of autocast; auto takes bf16, fp16 on older GPUs, fp32 on the CPU",
+                      choices=("auto", "bf16", "fp16", "fp32"))
+    compile: bool = free(False, "compile both models with torch.compile")
+    grad_checkpointing: bool = free(False, "run students' backbones forward twice, for about half the memory")
+    log_every: int = free(20, "steps between log lines", low=1)
+    save_every: int = free(0, "steps between checkpoints; 0 writes one each epoch")
+    knn_every: int = free(0, "epochs between k-NN evaluations of the momentum nets; 0 for none")
+    knn_k: int = free(20, "neighbors in those evaluations [DINO]", low=1)
+    demo: bool = free(False, "train a small pair on toy images, with k-NN before and after")
 
 RECIPES = {"paper": {}, "release": dict(
-    vit_pool="cls", t_dim=0, search="local", search_center=False, teacher_temp_epochs_cnn=50, t_optimizer="sgd",
-    cnn_lr_end=0.0048, vit_lr_end=1e-5, wd_end=0.4)}
+    vit_pool="cls", t_dim=0, search="local", search_center=False, teacher_temp_epochs_cnn=50,
+    t_optimizer="sgd", cnn_lr_end=0.0048, vit_lr_end=1e-5, wd_end=0.4)}
 
 DEMO = dict(
-    data="toy", arch1="resnet18", arch2="vit_tiny",
-    model_kwargs2=dict(img_size=24, patch_size=4, embed_dim=64, depth=3, num_heads=2),
-    model_kwargs1=dict(layers=(1, 1, 1, 1), channels=(16, 32, 48, 64), stem_type="deep", stem_width=8, output_stride=8),
-    out_dim=256, hidden_dim=256, bottleneck_dim=32, t_dim=48, t_depth=1, t_heads=3, t_norm=True, drop_path=0.0, global_size=24,
-    global_scale=(0.5, 1.0), local_size=12, local_scale=(0.3, 0.8), local_crops=2, jitter=(0.4, 0.4, 0.4, 0.2), blur=(0.0, 0.0),
-    solarize=0.0, epochs=14, warmup_epochs=1, batch_size=64, cnn_optimizer="adamw", cnn_lr=0.01, vit_lr=0.01, ema=0.99,
-    center_momentum=0.5, teacher_temp=0.015, teacher_temp_start=0.015, freeze_last_layer=0, out="runs/demo")
+    data="toy", arch1="resnet18", arch2="vit_tiny", out="runs/demo",
+    model_kwargs1=dict(layers=(1, 1, 1, 1), channels=(16, 32, 48, 64), stem_type="deep", stem_width=8,
+                       output_stride=8),
+    model_kwargs2=dict(img_size=24, patch_size=4, embed_dim=64, depth=3, num_heads=2), drop_path=0.0,
+    out_dim=256, hidden_dim=256, bottleneck_dim=32, t_dim=48, t_depth=1, t_heads=3, t_norm=True,
+    global_size=24, global_scale=(0.5, 1.0), local_size=12, local_scale=(0.3, 0.8), local_crops=2,
+    jitter=(0.4, 0.4, 0.4, 0.2), blur=(0.0, 0.0), solarize=0.0, epochs=14, warmup_epochs=1, batch_size=64,
+    cnn_optimizer="adamw", cnn_lr=0.01, vit_lr=0.01, ema=0.99, center_momentum=0.5, teacher_temp=0.015,
+    teacher_temp_start=0.015, freeze_last_layer=0)
 
 def key_value(text):
     """'channels=16,32' -> ('channels', (16, 32)). A value that is no Python literal stays a string."""
-    if not text.partition("=")[2]:
+    key, equals, value = text.partition("=")
+    if not equals:
         raise argparse.ArgumentTypeError(f"'{text}' is not of the form key=value")
     try:
-        return text.partition("=")[0], ast.literal_eval(text.partition("=")[2])
+        return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
-        return tuple(text.split("=", 1))
+        return key, value
+
+def on_or_off(text):
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"'{text}' is neither on nor off")
+    return text == "on"
 
 def read_flags(config, argv, program, about):
-    """The command line of a dataclass of flags -> dict of the settings that it gives. Exits with 2 where it is wrong."""
+    """The command line of a dataclass of flags -> dict of the settings that it gives. Exits with 2 if it is
+    wrong."""
     parser = argparse.ArgumentParser(
         prog=program, usage=f"python {program} [--FLAG VALUE ...]", description=about, allow_abbrev=False,
-        epilog="[...] is a setting's source: section or table of the paper, or code.", argument_default=argparse.SUPPRESS)
+        epilog="[...] is a source: part of the paper, or code.", argument_default=argparse.SUPPRESS)
     for f in fields(config):
-        default, choices = f.default, f.metadata["choices"]
-        options = dict(type=f.type, choices=choices, metavar=None if choices else "X")
+        default, options = f.default, dict(type=f.type, metavar="X")
+        if f.metadata["choices"]:
+            options = dict(choices=f.metadata["choices"])
+        elif f.type is bool:
+            options = dict(type=on_or_off, nargs="?", const=True, metavar="on|off")
+            default = "on" if default else "off"
+        elif f.type is dict:
+            options = dict(type=key_value, nargs="+", metavar="KEY=VALUE")
+        elif f.type is tuple:
+            number = type(default[0]) if default else float
+            options = dict(type=number, nargs=f.metadata["nargs"] or len(default), metavar="X")
+            default = " ".join(map(str, default))
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
-        if f.type is bool:
-            options, default = dict(choices=("on", "off"), nargs="?", const="on"), "on" if default else "off"
-        if f.type is dict:
-            options, default = dict(type=key_value, nargs="+", metavar="KEY=VALUE"), None
-        if f.type is tuple:
-            kind, nargs = type(default[0]) if default else float, f.metadata["nargs"] or len(default)
-            options, default = dict(type=kind, nargs=nargs, metavar="X"), " ".join(map(str, default))
-        help = f.metadata["help"] + ("" if default in (None, "") else f" (default: {default})")
-        group.add_argument(f"--{f.name}", help=help.replace("%", "%%"), **options)
-    return {name: dict(value) if name.startswith("model_kwargs") else tuple(value) if isinstance(value, list) else
-            {"on": True, "off": False}.get(value, value) for name, value in vars(parser.parse_args(argv)).items()}
+        shown = "" if default in (None, "", MISSING) else f" (default: {default})"
+        group.add_argument(f"--{f.name}", help=(f.metadata["help"] + shown).replace("%", "%%"), **options)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        names, word = [f.name for f in fields(config)], unknown[0].lstrip("-").replace("-", "_")
+        close = [name for name in names if word in name.split("_")] or difflib.get_close_matches(word, names)
+        hint = f"; did you mean --{', --'.join(close)}?" if close else ""
+        parser.error(f"unrecognized argument {unknown[0]}{hint}")
+    for f in fields(config):
+        if hasattr(given, f.name) and f.type in (tuple, dict):   # argparse makes lists
+            setattr(given, f.name, f.type(getattr(given, f.name)))
+    return vars(given)
 
 def check_ranges(cfg):
     """Refuse numbers out of their range. Raises UserError."""
-    for f in (f for f in fields(cfg) if f.type in (int, float, tuple)):
+    for f in fields(cfg):
         value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
-        for v in value if f.type is tuple else [value]:
-            if v is not None and not low <= v <= high:
-                raise UserError(f"--{f.name} {v}: must be " + (f"at most {high}" if v > high else f"at least {low}"))
+        if f.type in (int, float, tuple) and value is not None:
+            for number in value if f.type is tuple else [value]:
+                if not low <= number <= high:
+                    bound = f"at most {high}" if number > high else f"at least {low}"
+                    raise UserError(f"--{f.name} {number}: must be {bound}")
 
 def parse_args(argv=None):
     """Command line -> Config. What is given wins over --demo, that over --recipe, that over the defaults."""
     given = read_flags(Config, argv, "mokd.py", __doc__.split("\n\n")[0])
-    demo = DEMO if given.get("demo") else {}   # whose arguments of a backbone are for the demo's backbone alone
-    demo = {name: value for name, value in demo.items() if name.replace("model_kwargs", "arch") not in given}
-    return check(Config(**RECIPES[given.get("recipe", "paper")] | demo | given))
+    settings = RECIPES[given.get("recipe", "paper")] | (DEMO if given.get("demo") else {})
+    for i in "12":
+        if f"arch{i}" in given:   # the demo's arguments of a backbone are for the demo's backbone alone
+            settings.pop(f"model_kwargs{i}", None)
+    cfg = Config(**settings | given)
+    check(cfg)
+    return cfg
+
+def loss_names(cfg):
+    return set(cfg.losses.split(","))
 
 def check(cfg):
-    """Refuse settings that cannot work, before anything is built -> cfg. Raises UserError."""
+    """Refuse settings that cannot work, before anything is built. Raises UserError."""
     check_ranges(cfg)
     for name in ("global_scale", "local_scale", "blur"):
         if getattr(cfg, name)[0] > getattr(cfg, name)[1]:
             raise UserError(f"--{name}: give the smaller number first")
-    losses = cfg.losses.split(",")
-    for wrong, sentence in (
-            ("sm" not in losses or {*losses} - {"sm", "cm", "st", "ct"}, f"--losses {cfg.losses}: give sm and any of cm,st,ct"),
-            (cfg.t_dim % cfg.t_heads, f"--t_dim {cfg.t_dim} does not divide by --t_heads {cfg.t_heads}: change either"),
-            (cfg.warmup_epochs > cfg.epochs, f"--warmup_epochs {cfg.warmup_epochs} is more than --epochs {cfg.epochs}: lower it"),
-            (cfg.search == "local" and not cfg.local_crops, "--search local needs --local_crops of at least 1"),
-            (cfg.jitter[3] > 0.5, f"--jitter: its last number, for the hue, is {cfg.jitter[3]} and must be at most 0.5"),
-            (cfg.preview and not cfg.preview.endswith(".png"), f"--preview {cfg.preview}: give a name that ends in .png")):
-        if wrong:
-            raise UserError(sentence)
-    cfg.out = cfg.out or f"runs/{cfg.arch1}-{cfg.arch2}"
-    return cfg
+    if "sm" not in loss_names(cfg) or loss_names(cfg) - {"sm", "cm", "st", "ct"}:
+        raise UserError(f"--losses {cfg.losses}: give sm and any of cm,st,ct, with commas between them")
+    if cfg.t_dim % cfg.t_heads:
+        raise UserError(f"--t_dim {cfg.t_dim} does not divide by --t_heads {cfg.t_heads}: change either")
+    if cfg.warmup_epochs > cfg.epochs:
+        raise UserError(f"--warmup_epochs {cfg.warmup_epochs} is more than --epochs {cfg.epochs}: lower it")
+    if cfg.search == "local" and not cfg.local_crops:
+        raise UserError("--search local needs --local_crops of at least 1")
+    if cfg.jitter[3] > 0.5:
+        raise UserError(f"--jitter: its last number, for the hue, is {cfg.jitter[3]} and must be at most 0.5")
+    if cfg.compile and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        raise UserError("--compile needs a C compiler, and there is none: install gcc, or leave it out")
 
-# --------------------------------------------------------------------------------------------- processes and seeds
+# ---------------------------------------------------------------------------------- processes, seeds, signals
 MAIN = int(os.environ.get("RANK", 0)) == 0   # the process that prints and writes
 
 def join_processes():
-    """-> (device, rank, world). Under torchrun joins the process group: NCCL for GPUs, gloo for the CPU. Raises UserError."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    """-> (device, rank, world). Under torchrun joins the others, by NCCL for GPUs, gloo for CPUs. Raises
+    UserError."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
     if torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
-            raise UserError(f"process {local} finds no GPU of its own: --nproc_per_node at most {torch.cuda.device_count()}")
-        torch.cuda.set_device(device := torch.device("cuda", local))
+        device, there = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), torch.cuda.device_count()
+        if device.index >= there:
+            raise UserError(f"process {device.index} finds no GPU: --nproc_per_node at most {there}")
+        torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device, rank, world
@@ -219,19 +268,20 @@ def join_processes():
 def fill_in_machine(cfg, device, world):
     """Fill in --dtype and --workers where they are left to the machine. Raises UserError."""
     if cfg.batch_size % world:
-        raise UserError(f"--batch_size {cfg.batch_size} does not divide by {world} processes: choose a multiple")
+        raise UserError(f"--batch_size {cfg.batch_size} is no multiple of {world} processes: change it")
+    gpu = device.type == "cuda"
     if cfg.dtype == "auto":
-        cfg.dtype = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        cfg.dtype = "fp32" if not gpu else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     if cfg.workers is None:
-        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cuda" else 1
-        cfg.workers = min(16, max(1, cores))
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cfg.workers = min(16, max(1, cores)) if gpu else 1
     torch.backends.cudnn.benchmark = True
 
 def autocast(device, dtype):
     types = dict(bf16=torch.bfloat16, fp16=torch.float16)   # fp32 needs none
     return torch.autocast(device.type, types.get(dtype), enabled=dtype in types)
 
-def memory_format(device):   # of images and weights in memory, which GPUs convolve faster with channels last
+def memory_format(device):   # GPUs convolve faster with channels last
     return torch.channels_last if device.type == "cuda" else torch.preserve_format
 
 def say(text):
@@ -243,14 +293,33 @@ def warn(text):
 
 def sum_over_processes(x):
     if dist.is_initialized():
-        dist.all_reduce(x := x.clone())
+        x = x.clone()
+        dist.all_reduce(x)
     return x
 
 def mean_over_processes(x):
     return sum_over_processes(x) / (dist.get_world_size() if dist.is_initialized() else 1)
 
+def gather(x, n):
+    """Tensors (at most n, ...) of all processes -> (processes * n, ...), in turn, filled up with -1."""
+    if not dist.is_initialized():
+        return x
+    x = F.pad(x, [0, 0] * (x.dim() - 1) + [0, n - len(x)], value=-1)
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x)
+    return torch.cat(parts)
+
+def seed_of(*key):
+    """A 63-bit seed from numbers and words. All that is drawn follows from (seed, epoch, index) or (seed,
+    step), so a resumed run repeats the uninterrupted one, with any number of workers."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
+
+def generator(*key):
+    return torch.Generator().manual_seed(seed_of(*key))
+
 class Watch:
-    """What may end a training loop between two steps: SIGTERM, SIGINT, too many unreadable images. All processes agree on it."""
+    """What ends a loop between two steps: a signal or too many unreadable images. All processes agree on
+    it."""
     def __init__(self, images, data):
         self.images, self.data, self.unreadable, self.caught = images, data, set(), set()
         self.parent = os.getppid()
@@ -260,162 +329,147 @@ class Watch:
     def note(self, number, frame):
         self.caught.add(number)
 
+    def end(self):   # from now on a signal ends the program at once
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def after_step(self, indices=(), reasons=()):
-        """Images that this process could not read in a step (-1: none), and why -> the signal that has come to any process, or
-        None. An image counts once, whoever met it. Raises UserError where more than 1 % cannot be read."""
-        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent:   # torchrun was killed
+        """What this process could not read in a step (-1: nothing), and why -> the signal that has come to
+        any process, or None. An image counts once. Raises UserError when more than 1 % are unreadable."""
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent:   # torchrun is gone
             self.caught.add(signal.SIGTERM)
-        new = {index: reason for index, reason in zip(indices, reasons) if index >= 0 and index not in self.unreadable}
-        for index, reason in new.items():
-            warn(f"skipped {name_of(self.images, index)}: {reason}")
+        new = {i: reason for i, reason in zip(indices, reasons) if i >= 0 and i not in self.unreadable}
+        for i, reason in new.items():
+            warn(f"skipped {name_of(self.images, i)}: {reason}")
         counts = torch.tensor([len(new), signal.SIGTERM in self.caught, signal.SIGINT in self.caught])
-        counts = sum_over_processes(counts)   # on the CPU: no GPU is waited for
-        if counts[0]:
-            mask = torch.zeros(len(self.images), dtype=torch.int32)
-            mask[[*new]] = 1
-            self.unreadable |= {*sum_over_processes(mask).nonzero().flatten().tolist()}
-            if len(self.unreadable) > 0.01 * len(self.images):
-                raise UserError(f"--data {self.data}: {len(self.unreadable)} of {len(self.images)} images cannot be read, more than "
-                                f"1 %: mend or remove those named above", code=1)
-        return signal.SIGTERM if counts[1] else signal.SIGINT if counts[2] else None
+        any_new, terminated, interrupted = sum_over_processes(counts).tolist()   # on the CPU; no GPU waits
+        if any_new:
+            met = torch.zeros(len(self.images), dtype=torch.int32)
+            met[list(new)] = 1
+            self.unreadable |= set(sum_over_processes(met).nonzero().flatten().tolist())
+            refuse_unreadable(len(self.unreadable), len(self.images), self.data)
+        return signal.SIGTERM if terminated else signal.SIGINT if interrupted else None
 
-def open_out(cfg):
-    """Make the folder --out and see that log.jsonl can be written there. Raises UserError."""
-    try:
-        os.makedirs(cfg.out, exist_ok=True)
-        open(f"{cfg.out}/log.jsonl", "a").close()
-    except OSError as error:
-        raise UserError(f"--out {cfg.out}: cannot be written to ({error.strerror}); give another folder") from error
+def refuse_unreadable(n, total, data):
+    if n > 0.01 * total:
+        raise UserError(f"--data {data}: {n} of {total} images cannot be read, more than 1 %: mend or remove "
+                        f"those named above", code=1)
 
-def seed_of(*key):
-    """A 63-bit seed from numbers and words. All that is drawn is a function of (seed, epoch, index) or (seed, step), so a
-    resumed run repeats the uninterrupted one, with any number of workers."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
-
-def generator(*key):
-    return torch.Generator().manual_seed(seed_of(*key))
-
-# ----------------------------------------------------------------------------------------------------- data: images
+# ----------------------------------------------------------------------------------------------- data: images
 TRAIN, SPLIT = (dict(train=True), dict(train=False)), (dict(split="train"), dict(split="test"))
-TORCHVISION = {   # --data -> class of torchvision.datasets, its arguments for training and for validation
+TORCHVISION = {   # --data -> class of torchvision.datasets, and its arguments for training and for validation
     "mnist": ("MNIST", TRAIN), "fashion_mnist": ("FashionMNIST", TRAIN), "cifar10": ("CIFAR10", TRAIN),
-    "cifar100": ("CIFAR100", TRAIN), "svhn": ("SVHN", SPLIT), "dtd": ("DTD", SPLIT), "food101": ("Food101", SPLIT),
-    "flowers102": ("Flowers102", SPLIT), "stl10": ("STL10", (dict(split="train+unlabeled"), dict(split="test"))),
-    "imagenette": ("Imagenette", (dict(split="train"), dict(split="val")))}
+    "cifar100": ("CIFAR100", TRAIN), "svhn": ("SVHN", SPLIT), "dtd": ("DTD", SPLIT),
+    "food101": ("Food101", SPLIT), "flowers102": ("Flowers102", SPLIT),
+    "imagenette": ("Imagenette", (dict(split="train"), dict(split="val"))),
+    "stl10": ("STL10", (dict(split="train+unlabeled"), dict(split="test")))}
+
+UNREADABLE = (OSError, Image.DecompressionBombError)   # other errors are a data set's own
+NO_IMAGE = -2   # label of an unreadable image; -1 is that of an image without label
 
 def to_rgb(image):
-    """PIL image of any mode, or a uint8 tensor -> (3, H, W) uint8."""
+    """PIL image of any mode, or a uint8 tensor -> (3, H, W) uint8. What is transparent is laid on white."""
     if isinstance(image, torch.Tensor):
         return image.expand(3, -1, -1)
-    if image.mode.startswith("I"):   # 16-bit gray, which PIL's convert would clip at 255
-        return (TF.pil_to_tensor(image).int() // 257).clamp(0, 255).to(torch.uint8).expand(3, -1, -1)
+    if image.mode == "F" or image.mode.startswith("I"):   # PIL's convert would clip floats and 16 bits at 255
+        values = TF.pil_to_tensor(image).double()
+        values = values // 257 if image.mode != "F" else values * 255 if values.max() <= 1 else values
+        return values.clamp(0, 255).to(torch.uint8).expand(3, -1, -1)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return TF.pil_to_tensor(image.convert("RGB"))
 
 def read_image(path):
-    """Image file -> (3, H, W) uint8. torchvision decodes; what it cannot, PIL does, or raises."""
+    """Image file -> (3, H, W) uint8. torchvision decodes JPEG, as it is faster; PIL does the rest. Raises
+    OSError."""
     try:
-        from torchvision.io import ImageReadMode, decode_image, read_file   # which newer ones announce to leave out
-        image = decode_image(read_file(path), ImageReadMode.RGB)
-        if image.dtype == torch.uint8 and image.dim() == 3:   # not 16 bits, not an animation
-            return image
+        from torchvision.io import ImageReadMode, decode_jpeg, read_file   # newer ones may lack these
+        return decode_jpeg(read_file(path), ImageReadMode.RGB)
     except (ImportError, RuntimeError):
         pass
-    with Image.open(path) as image:
-        return to_rgb(image)
-
-def draw_toy(n, seed, size=48, cells=16):
-    """The built-in data set: images (n, 3, size, size) uint8 and labels (n,).
-
-    The class is a shape; all cover the same area. An image is a grid of it, at an angle, a period and an offset of its own, each
-    copy in a color, on a ground, of a size and turned by an angle of its own: pixels and colors are a poor guide to the shape.
-    """
-    g, grid, labels = generator("toy", seed), torch.arange(size) - size / 2, torch.arange(n) % 8
-    images = torch.empty(n, 3, size, size, dtype=torch.uint8)
-    shapes = (lambda u, v, r: r - 0.7,                                             # disk; each is below 0 inside the shape
-              lambda u, v, r: (r - 0.75).abs() - 0.15,                             # ring
-              lambda u, v, r: torch.maximum(u.abs() - 0.4, v.abs() - 1),           # bar
-              lambda u, v, r: torch.minimum(u.abs(), v.abs()) - 0.19,              # cross
-              lambda u, v, r: (u.abs() - 0.6).abs() - 0.17,                        # two bars
-              lambda u, v, r: torch.maximum(v, 0.87 * u.abs() - 0.5 * v) - 0.54,   # triangle
-              lambda u, v, r: torch.maximum(r - 1.02, u),                          # half disk
-              lambda u, v, r: torch.maximum(r - 1.05, 3 * u * v))                  # bow tie
-    for c, shape in enumerate(shapes):
-        rows = (labels == c).nonzero().flatten()
-        rand = lambda *dims: torch.rand(len(rows), *dims, generator=g)
-        turn = lambda u, v, angle: (angle.cos() * u + angle.sin() * v, angle.cos() * v - angle.sin() * u)
-        angle, period = 2 * math.pi * rand(1, 1), 8 + 3 * rand(1, 1)
-        u, v = (t / period + rand(1, 1) + cells / 2 for t in turn(grid, grid[:, None], angle))
-        cell = (u.floor() * cells + v.floor()).long().view(len(rows), 1, -1)
-        own = lambda k: rand(k, cells ** 2).gather(2, cell.expand(-1, k, -1)).unflatten(2, (size, size))   # one draw a copy
-        (angle, radius), color, ground = own(2).unbind(1), 0.6 + 0.4 * own(3), 0.3 * own(3)
-        u, v = turn(*((t % 1 - 0.5) / (0.38 + 0.12 * radius) for t in (u, v)), 2 * math.pi * angle)
-        outside = torch.maximum(shape(u, v, torch.hypot(u, v)), torch.maximum(u.abs(), v.abs()) - 1.1)
-        images[rows] = (255 * torch.lerp(ground, color, torch.sigmoid(-6 * outside)[:, None])).to(torch.uint8)
-    return images, labels
+    try:
+        with Image.open(path) as image:
+            return to_rgb(image)
+    except Exception as error:   # PIL raises many kinds
+        raise OSError(f"not a readable image ({error})") from error
 
 def get_data(cfg):
-    """-> (train, val), data sets of (image, label); val is None where there is none. Raises UserError."""
+    """-> train, val: data sets of (image, label). val is None where there is none. Raises UserError."""
     if cfg.data == "toy":
-        return tuple(torch.utils.data.TensorDataset(*draw_toy(n, part)) for n, part in ((4096, "train"), (1024, "val")))
+        return TensorDataset(*draw_toy(4096, "train")), TensorDataset(*draw_toy(1024, "val"))
     if os.path.isdir(cfg.data):
-        train = os.path.join(cfg.data, "train")
-        parts = [train, os.path.join(cfg.data, "val")] if os.path.isdir(train) else [cfg.data, ""]
+        train, val = os.path.join(cfg.data, "train"), os.path.join(cfg.data, "val")
+        if not os.path.isdir(train):
+            train = cfg.data
+            if os.path.isdir(val):
+                raise UserError(f"--data {cfg.data}: has val/ but no train/: rename the training folder")
         try:
-            return [torchvision.datasets.ImageFolder(p, loader=read_image) if os.path.isdir(p) else None for p in parts]
-        except FileNotFoundError as error:
-            raise UserError(f"--data {cfg.data}: {error} Each class is a folder with images in it; images without classes go "
-                       f"into one folder, {parts[0]}/all") from error
+            images = torchvision.datasets.ImageFolder(train, loader=read_image)
+            if not os.path.isdir(val):
+                return images, None
+            return images, torchvision.datasets.ImageFolder(val, loader=read_image)
+        except OSError as error:
+            raise UserError(f"--data {cfg.data}: {error}. Each class is a folder of images; images without "
+                            f"classes go into one, {train}/all") from error
     if cfg.data not in TORCHVISION:
-        raise UserError(f"--data {cfg.data}: no such folder. Give a folder with train/ and val/ or with class folders, or one of toy, "
-                   f"{', '.join(TORCHVISION)}")
+        raise UserError(f"--data {cfg.data}: no such folder. Give a folder with train/ and val/ or with "
+                        f"class folders, or one of toy, {', '.join(TORCHVISION)}")
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0   # one process of a machine downloads, the others wait
     if dist.is_initialized() and not first:
         dist.barrier()
     name, parts = TORCHVISION[cfg.data]
     try:
-        return tuple(getattr(torchvision.datasets, name)(cfg.data_root, download=first, **part) for part in parts)
+        return [getattr(torchvision.datasets, name)(cfg.data_root, download=first, **part) for part in parts]
     except Exception as error:   # a download or an archive fails in many ways
-        raise UserError(f"--data {cfg.data}: not in --data_root {cfg.data_root}, and it could not be downloaded "
-                   f"({type(error).__name__}: {error})") from error
+        raise UserError(f"--data {cfg.data}: not in --data_root {cfg.data_root}, and could not be downloaded "
+                        f"({type(error).__name__}: {error})") from error
     finally:
         if dist.is_initialized() and first:
             dist.barrier()
 
 def name_of(images, index):
+    """The file of an image, or its number where there is no file."""
     if isinstance(images, Subset):
         return name_of(images.dataset, images.indices[index])
     return images.samples[index][0] if hasattr(images, "samples") else f"image {index}"
 
-# ------------------------------------------------------------------------------------------------ data: views (A.1)
-class MultiCrop(torch.utils.data.Dataset):
-    """(epoch, index) -> uint8 crops (2, S, S, 3), (L, s, s, 3) of an image, channels last as torch's resize leaves them; its index
-    if unreadable (the next is taken), or -1."""
+# ------------------------------------------------------------------------------------------ data: views (A.1)
+class MultiCrop(Dataset):
+    """(epoch, index) -> uint8 crops (2, S, S, 3) and (L, s, s, 3), channels last as torch's resize leaves
+    them. For an unreadable image comes the next one; its index and the reason are the last two items, else -1
+    and ""."""
     def __init__(self, images, cfg):
         self.images, self.cfg = images, cfg
 
     def __getitem__(self, key):
-        (epoch, index), bad, image, cfg = key, -1, torch.zeros(3, 8, 8, dtype=torch.uint8), self.cfg
+        (epoch, index), cfg, bad, reason = key, self.cfg, -1, ""
+        image = torch.zeros(3, 8, 8, dtype=torch.uint8)
         for i in range(index, index + 100):
             try:
                 image = to_rgb(self.images[i % len(self.images)][0])
                 break
-            except Exception:   # decoders raise many things; the training loop names and counts the image
-                bad = index
+            except UNREADABLE as error:   # the training loop names and counts it
+                bad, reason = i % len(self.images), str(error)
         with torch.random.fork_rng(devices=[]):   # torchvision draws crops from the global generator
             torch.default_generator.manual_seed(seed_of(cfg.seed, epoch, index))
-            views = [[self.crop(image, size, scale) for _ in range(n)] for n, size, scale in
-                     ((2, cfg.global_size, cfg.global_scale), (cfg.local_crops, cfg.local_size, cfg.local_scale))]
-        return *(torch.stack([x.permute(1, 2, 0) for x in v]) if v else torch.empty(0) for v in views), bad
+            views = [self.crop(image, cfg.global_size, cfg.global_scale) for _ in range(2)]
+            views += [self.crop(image, cfg.local_size, cfg.local_scale) for _ in range(cfg.local_crops)]
+        global_views = torch.stack(views[:2]).movedim(1, -1)
+        local_views = torch.stack(views[2:]).movedim(1, -1) if cfg.local_crops else torch.empty(0)
+        return global_views, local_views, bad, reason
 
     @staticmethod
     def crop(image, size, scale):
+        """(3, H, W) uint8 -> a random part of it (3, size, size), as torchvision's RandomResizedCrop."""
         top, left, height, width = RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3])
-        part = image[None, :, top:top + height, left:left + width].contiguous(memory_format=torch.channels_last)   # faster so
+        part = image[None, :, top:top + height, left:left + width]
+        part = part.contiguous(memory_format=torch.channels_last)   # which makes the resize faster
         return F.interpolate(part, [size, size], mode="bicubic", antialias=True)[0]
 
 def batches(n, cfg, start=0, rank=0, world=1):
-    """Yields this process's keys (epoch, index) of each global batch, from step `start` to the end of training. An epoch has
-    its own order, the processes' shares do not overlap, an incomplete last batch is left out."""
+    """Yields this process's keys (epoch, index) of each batch, from step `start` to the end. An epoch has its
+    own order of the n images, the processes' shares do not overlap, an incomplete last batch is left out."""
     per_epoch, share = n // cfg.batch_size, cfg.batch_size // world
     for step in range(start, cfg.epochs * per_epoch):
         epoch, i = divmod(step, per_epoch)
@@ -430,71 +484,89 @@ def quiet_worker(_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 def make_loader(dataset, device, workers, **options):
-    return torch.utils.data.DataLoader(dataset, num_workers=workers, pin_memory=device.type == "cuda",
-                                       worker_init_fn=quiet_worker, **options)
+    gpu = device.type == "cuda"
+    return DataLoader(dataset, num_workers=workers, pin_memory=gpu, worker_init_fn=quiet_worker, **options)
 
-# Photometric operations on a batch x (n, 3, H, W) in [0, 1] with a factor f (n, 1, 1, 1) for each image: what
-# torchvision's adjust_brightness, ..., gaussian_blur and solarize do to one image.
-
+# The photometric operations take a batch x (n, 3, H, W) in [0, 1] and a factor f (n, 1, 1, 1) for each image.
+# They do what torchvision's functions of these names do to one image.
 def luma(x):
     return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
 
+def adjust_brightness(x, f):
+    return (f * x).clamp(0, 1)
+
+def adjust_contrast(x, f):
+    return torch.lerp(luma(x).mean((1, 2, 3), keepdim=True), x, f).clamp(0, 1)
+
+def adjust_saturation(x, f):
+    return torch.lerp(luma(x), x, f).clamp(0, 1)
+
 def adjust_hue(x, f):
-    """Turn the hue by f of a full circle. Of value v, chroma c and hue h, in sixths of the circle, a color's channels are
-    v - c clamp(min(k, 4 - k), 0, 1) with k = (h + 5, h + 3, h + 1) mod 6."""
-    (r, g, b), v = x.split(1, 1), x.amax(1, keepdim=True)
+    """Turn the hue by f of a full circle. With value v, chroma c and hue h in sixths of the circle, the
+    channels are v - c clamp(min(k, 4 - k), 0, 1), where k = (h + 5, h + 3, h + 1) mod 6."""
+    r, g, b = x.split(1, 1)
+    v = x.amax(1, keepdim=True)
     c = v - x.amin(1, keepdim=True)
     d = c.clamp_min(1e-8)
     h = torch.where(v == r, (g - b) / d, torch.where(v == g, (b - r) / d + 2, (r - g) / d + 4))
     k = (h + 6 * f + torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)) % 6
     return v - c * torch.minimum(k, 4 - k).clamp(0, 1)
 
+def to_grayscale(x):
+    return luma(x).expand(-1, 3, -1, -1)
+
 def gaussian_blur(x, sigma, radius=6):
-    """Blur by sigma pixels (n, 1, 1, 1), mirrored at the edges, as two matrix products: row i of an image's matrix G holds
+    """Blur by sigma pixels, mirrored at the edges, as two matrix products: row i of an image's matrix G holds
     the weights of the 2 * radius + 1 pixels around pixel i."""
     size = x.shape[-1]
-    offset = torch.arange(-min(radius, size - 1), min(radius, size - 1) + 1, device=x.device)
+    radius = min(radius, size - 1)
+    offset = torch.arange(-radius, radius + 1, device=x.device)
     weight = torch.exp(-0.5 * (offset / sigma.clamp_min(1e-3)) ** 2)
+    weight = weight / weight.sum(-1, keepdim=True)
     pixel = (torch.arange(size, device=x.device)[:, None] + offset).abs()
     pixel = torch.where(pixel < size, pixel, 2 * (size - 1) - pixel)
-    G = x.new_zeros(len(x), 1, size, size).scatter_add_(3, pixel.expand(len(x), 1, -1, -1), (
-        weight / weight.sum(-1, keepdim=True)).expand(-1, 1, size, -1))
+    G = x.new_zeros(len(x), 1, size, size)
+    G.scatter_add_(3, pixel.expand(len(x), 1, -1, -1), weight.expand(-1, 1, size, -1))
     return G @ x @ G.mT
 
-JITTER = (lambda x, f: (f * x).clamp(0, 1),                                                     # brightness
-          lambda x, f: torch.lerp(luma(x).mean((1, 2, 3), keepdim=True), x, f).clamp(0, 1),     # contrast
-          lambda x, f: torch.lerp(luma(x), x, f).clamp(0, 1),                                   # saturation
-          adjust_hue)
+def solarize(x):
+    return torch.where(x < 128 / 255, x, 1 - x)
 
 def draw_photometric(cfg, step, rank=0, world=1):
-    """What happens to each view in a step: a dict of CPU tensors (VB, ...), view by view. Drawn from (seed, step) for the
-    batch of all processes, of which each takes its rows: so two processes see what one would."""
-    V, B = 2 + cfg.local_crops, cfg.batch_size
-    u = torch.rand(14, V, B, generator=generator(cfg.seed, "photometric", step))
-    view = torch.arange(V)[:, None].clamp_max(2)
-    jitter = torch.tensor(cfg.jitter)
-    factor = (2 * u[6:10].movedim(0, -1) - 1) * jitter
-    factor[..., :3] = (1 + factor[..., :3]).clamp_min(0)
-    p = dict(flip=u[0] < 0.5, jitter=u[1] < 0.8, order=u[2:6].argsort(0).movedim(0, -1), factor=factor,
-             grayscale=u[10] < cfg.grayscale, blur=(u[11] < torch.tensor([1.0, 0.1, 0.5])[view]) & (cfg.blur[1] > 0),
-             sigma=cfg.blur[0] + (cfg.blur[1] - cfg.blur[0]) * u[12], solarize=(u[13] < cfg.solarize) & (view == 1))
-    return {name: value[:, rank * B // world:(rank + 1) * B // world].flatten(0, 1) for name, value in p.items()}
+    """What happens to each view in a step: a dict of CPU tensors (VB, ...), view by view. It is drawn for the
+    batch of all processes, of which each takes its rows, so two processes see what one would."""
+    V, B, g = 2 + cfg.local_crops, cfg.batch_size, generator(cfg.seed, "photometric", step)
+
+    def rand(*more):
+        return torch.rand(*more, V, B, generator=g)
+    p = dict(flip=rand() < 0.5, jitter=rand() < 0.8, order=rand(4).argsort(0).movedim(0, -1))
+    factor = (2 * rand(4).movedim(0, -1) - 1) * torch.tensor(cfg.jitter)
+    factor[..., :3] = (1 + factor[..., :3]).clamp_min(0)   # all but the hue, whose factor is an angle
+    view = torch.arange(V)[:, None]
+    blurred = torch.tensor([1.0, 0.1, 0.5])[view.clamp_max(2)]   # views differ, as in DINO
+    p |= dict(factor=factor, grayscale=rand() < cfg.grayscale, blur=(rand() < blurred) & (cfg.blur[1] > 0),
+              sigma=cfg.blur[0] + (cfg.blur[1] - cfg.blur[0]) * rand(),
+              solarize=(rand() < cfg.solarize) & (view == 1))
+    rows = slice(rank * B // world, (rank + 1) * B // world)
+    return {name: value[:, rows].flatten(0, 1) for name, value in p.items()}
+
+def apply_to(x, operation, mask, *factors):
+    """Change the images of x that a CPU mask (n,) names. The CPU knows which, so no GPU is waited for."""
+    if mask.any():
+        rows = mask.nonzero().flatten().to(x.device, non_blocking=True)
+        factors = [f[mask].to(x.device, non_blocking=True).view(-1, 1, 1, 1) for f in factors]
+        x[rows] = operation(x[rows], *factors)
 
 def photometric(x, p):
-    """uint8 crops (n, 3, S, S) on the device -> [0, 1], each flipped, jittered, grayed, blurred and solarized as its row of
-    p says. Which rows an operation is for is known on the CPU, so nobody waits for the device."""
+    """uint8 crops (n, 3, S, S) on the device -> [0, 1], each changed as its row of draw_photometric says."""
     x = x.float() / 255
-    def apply(operation, mask, *factors):
-        if mask.any():
-            rows, *factors = (t.to(x.device, non_blocking=True) for t in (mask.nonzero().flatten(), *(f[mask] for f in factors)))
-            x[rows] = operation(x[rows], *(f.view(-1, 1, 1, 1) for f in factors))
-    apply(lambda y: y.flip(-1), p["flip"])
-    for place in range(4):
-        for i, operation in enumerate(JITTER):
-            apply(operation, p["jitter"] & (p["order"][:, place] == i), p["factor"][:, i])
-    apply(lambda y: luma(y).expand(-1, 3, -1, -1), p["grayscale"])
-    apply(gaussian_blur, p["blur"], p["sigma"])
-    apply(lambda y: torch.where(y < 128 / 255, y, 1 - y), p["solarize"])
+    apply_to(x, TF.horizontal_flip, p["flip"])
+    for place in range(4):   # each image has its own order of the four, as in torchvision's ColorJitter
+        for i, adjust in enumerate((adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)):
+            apply_to(x, adjust, p["jitter"] & (p["order"][:, place] == i), p["factor"][:, i])
+    apply_to(x, to_grayscale, p["grayscale"])
+    apply_to(x, gaussian_blur, p["blur"], p["sigma"])
+    apply_to(x, solarize, p["solarize"])
     return x
 
 @functools.cache
@@ -502,26 +574,28 @@ def mean_and_std(device):   # of ImageNet's channels
     return torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=device).view(2, 3, 1, 1)
 
 def normalize(x):
-    return (x - mean_and_std(x.device)[0]) / mean_and_std(x.device)[1]
+    mean, std = mean_and_std(x.device)
+    return (x - mean) / std
 
 def make_views(crops, cfg, device, step, rank=0, world=1):
-    """A batch of the loader -> views as the networks get them, by resolution: [(2B, 3, S, S), (LB, 3, s, s)], view by view
-    (the first B rows are global view 0)."""
+    """A batch of the loader -> views as the networks get them, by resolution: [(2B, 3, S, S), (LB, 3, s, s)],
+    view by view (the first B rows are global view 0)."""
     p, views, done = draw_photometric(cfg, step, rank, world), [], 0
     for x in crops[:2]:
         if x.shape[1]:   # (B, 2 or L, S, S, 3); L may be 0
             x = x.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1).movedim(-1, 1)
-            x = normalize(photometric(x, {name: value[done:done + len(x)] for name, value in p.items()}))
-            views.append(x.contiguous(memory_format=torch.channels_last))
+            own = {name: value[done:done + len(x)] for name, value in p.items()}
+            views.append(normalize(photometric(x, own)).contiguous(memory_format=torch.channels_last))
             done += len(x)
     return views
 
-# ----------------------------------------------------------------------------------------------- backbones (3.1)
-TIMM_NAMES = {"vit_tiny": "vit_tiny_patch16_224", "vit_small": "vit_small_patch16_224", "vit_base": "vit_base_patch16_224",
-              "mobilenetv3_large": "mobilenetv3_large_100"}
+# -------------------------------------------------------------------------------------------- backbones (3.1)
+TIMM_NAMES = {"vit_tiny": "vit_tiny_patch16_224", "vit_small": "vit_small_patch16_224",
+              "vit_base": "vit_base_patch16_224", "mobilenetv3_large": "mobilenetv3_large_100"}
 
 class Backbone(nn.Module):
-    """Images (B, 3, S, S) -> pooled (B, C), tokens (B, N, C): a CNN's map or a ViT's patches, and their mean or the CLS token."""
+    """A timm model: images (B, 3, S, S) -> pooled (B, C), tokens (B, N, C). Tokens are a CNN's last map or a
+    ViT's patches; pooled is their mean, or a ViT's CLS token."""
     def __init__(self, model, pool):
         super().__init__()
         self.model, self.prefix = model, getattr(model, "num_prefix_tokens", 0)
@@ -529,10 +603,11 @@ class Backbone(nn.Module):
 
     def forward(self, x):
         y = self.model.forward_features(x)
-        if y.dim() == 4:
-            y = y.flatten(1, 2) if getattr(self.model, "output_fmt", "NCHW") == "NHWC" else y.flatten(2).mT
-            return y.mean(1), y
-        tokens = y[:, self.prefix:]
+        if y.dim() == 4:   # a map, with channels last in some models
+            nhwc = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
+            tokens = y.flatten(1, 2) if nhwc else y.flatten(2).mT
+        else:
+            tokens = y[:, self.prefix:]
         return y[:, 0] if self.cls else tokens.mean(1), tokens
 
 def no_drop_path(net):
@@ -540,71 +615,96 @@ def no_drop_path(net):
         if isinstance(m, timm.layers.DropPath):
             m.drop_prob = 0.0
 
-def build_backbone(name, model_kwargs=None, patch_size=16, pool="mean", sizes=(224, 96), drop_path=0.0, flag="--arch"):
-    """A timm model, by the paper's short name or its own, that is shown to take every view size -> Backbone with timm_name,
-    timm_kwargs, family ("cnn" with batch norm, else "vit"), dim (C), num_tokens (N of a global view). Raises UserError."""
-    timm_name, kwargs = TIMM_NAMES.get(name, name), dict(model_kwargs or {})
+def create_model(name, kwargs, drop_path, flag):
+    """timm.create_model, with those options for views of several sizes that the model knows. Raises
+    UserError."""
+    timm_name = TIMM_NAMES.get(name, name)
     if not timm.is_model(timm_name):
-        close = difflib.get_close_matches(name.lower().replace("-", "_"), [*TIMM_NAMES, *timm.list_models()], n=5)
-        raise UserError(f"{flag} {name}: timm {timm.__version__} has no such model; " + (
-            f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists those it has"))
-    if name.startswith("vit_") and name in TIMM_NAMES and patch_size != 16:
-        kwargs.setdefault("patch_size", patch_size)
-    torchvisions = dict(zero_init_last=False) if name in ("resnet18", "resnet34", "resnet50", "resnet101") else {}   # first weights
-
-    sizes_vary = dict(dynamic_img_size=True, strict_img_size=False), dict(dynamic_img_size=True), {}   # what a model knows of these
-    for options in (*(v | dict(drop_path_rate=drop_path) for v in sizes_vary), *sizes_vary):
+        close = difflib.get_close_matches(name.lower().replace("-", "_"), [*TIMM_NAMES, *timm.list_models()])
+        raise UserError(f"{flag} {name}: timm {timm.__version__} has no such model; did you mean one of "
+                        f"{close}? timm.list_models() lists those it has")
+    first_weights = {}
+    if name in ("resnet18", "resnet34", "resnet50", "resnet101"):
+        first_weights["zero_init_last"] = False   # as torchvision's, and the released code's
+    attempts = [dict(dynamic_img_size=True, strict_img_size=False), dict(dynamic_img_size=True), {}]
+    for options in [a | dict(drop_path_rate=drop_path) for a in attempts] + attempts:
         try:
-            model = timm.create_model(timm_name, num_classes=0, **options | torchvisions | kwargs)
-            break
-        except Exception as e:
+            return timm.create_model(timm_name, num_classes=0, **options | first_weights | kwargs)
+        except Exception as e:   # so a model says that it does not know an option
             error = e
-    else:
-        raise UserError(f"{flag} {name}: timm cannot build it with {kwargs}: {error}")
-    family = "cnn" if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()) else "vit"
-    if family == "cnn":
-        no_drop_path(model)
+    raise UserError(f"{flag} {name}: timm cannot build it with {kwargs}: {error}")
+
+def build_backbone(name, model_kwargs=None, patch_size=16, pool="mean", sizes=(224, 96), drop_path=0.0,
+                   flag="--arch"):
+    """A timm model, by the paper's short name or its own, that takes views of all sizes -> Backbone with
+    timm_name, timm_kwargs, family ("cnn" with batch norm, else "vit"), dim (C), num_tokens (N at sizes[0]).
+    Raises UserError."""
+    kwargs = dict(model_kwargs or {})
+    if name in TIMM_NAMES and name.startswith("vit_") and patch_size != 16:
+        kwargs.setdefault("patch_size", patch_size)
+    model = create_model(name, kwargs, drop_path, flag)
     backbone = Backbone(model, pool).eval()
-    for size in sizes[::-1]:
+    backbone.timm_name, backbone.timm_kwargs, backbone.family = TIMM_NAMES.get(name, name), kwargs, "vit"
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        backbone.family = "cnn"
+        no_drop_path(model)
+
+    # Try every view size now, because a model that cannot take one would fail in the middle of the first
+    # step.
+    for size in reversed(sizes):
         try:
             pooled, tokens = backbone(torch.rand(2, 3, size, size))
         except Exception as error:
-            raise UserError(f"{flag} {name}: cannot take views of {size} pixels ({error}); choose other --global_size and "
-                       f"--local_size, or another model") from error
+            raise UserError(f"{flag} {name}: cannot take views of {size} pixels ({error}); choose other "
+                            f"--global_size and --local_size, or another model") from error
         if tokens.dim() != 3 or math.isqrt(tokens.shape[1]) ** 2 != tokens.shape[1]:
-            raise UserError(f"{flag} {name}: its features {tuple(tokens.shape)} are no square map: MOKD cannot search them")
-    parameters = list(model.parameters())   # those that only a classifier would use get no gradient; DDP must know
-    grads = torch.autograd.grad(pooled.sum() + tokens.sum(), parameters, allow_unused=True)
-    for p, grad in zip(parameters, grads):
-        p.requires_grad_(grad is not None)
-    backbone.timm_name, backbone.timm_kwargs, backbone.family = timm_name, kwargs, family
+            raise UserError(f"{flag} {name}: its features {tuple(tokens.shape)} are no square map to search; "
+                            f"choose another model")
     backbone.num_tokens, backbone.dim = tokens.shape[1:]
+
+    # Freeze what only a classifier would use, because it gets no gradient, and DDP must know.
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(pooled.sum() + tokens.sum(), parameters, allow_unused=True)
+    for p, gradient in zip(parameters, gradients):
+        p.requires_grad_(gradient is not None)
     return backbone.train()
 
+PREFIXES = ("", "module.", "backbone.", "module.backbone.",                              # DINO, released code
+            "module.momentum_encoder.", "module.base_encoder.", "module.encoder_q.")     # MoCo
+
 def load_backbone(backbone, file, flag):
-    """Fill a backbone from a state dict: model1.pth, timm's or DINO's (names agree), torchvision's (order agrees)."""
+    """Fill a backbone from a file whose names are timm's, but for a prefix, as in model1.pth and in the files
+    of timm, DINO, MoCo, the released code, and torchvision's ResNets. Raises UserError."""
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):   # DINO's files hold their flags
+            theirs = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:
-        raise UserError(f"{flag} {file}: no readable state dict ({type(error).__name__})") from error
-    for key in ("teacher", "state_dict", "model"):
-        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
-    state = {k.removeprefix("module.").removeprefix("backbone."): v for k, v in (state.items() if isinstance(state, dict) else ())
-             if isinstance(v, torch.Tensor)}
-    own, used = backbone.model.state_dict(), {k for k, p in backbone.model.named_parameters() if p.requires_grad}
-    if not used <= state.keys():   # other names: the k-th tensor of a shape there is the k-th of that shape here
-        theirs, ours = ({s: [k for k, v in d.items() if v.shape == s] for s in {v.shape for v in d.values()}} for d in (state, own))
-        state = {k: state[t] for s in ours if len(theirs.get(s, ())) == len(ours[s]) for k, t in zip(ours[s], theirs[s])}
-    wrong = [k for k in own if (k in used and k not in state) or (k in state and state[k].shape != own[k].shape)]
+        raise UserError(f"{flag} {file}: no readable state dict ({type(error).__name__}: {error})") from error
+    for key in (f"teacher_{backbone.family}", "teacher", "state_dict", "model"):
+        if isinstance(theirs, dict) and isinstance(theirs.get(key), dict):
+            theirs = theirs[key]
+    if not isinstance(theirs, dict) or "config" in theirs:
+        raise UserError(f"{flag} {file}: not weights; give a state dict, such as model1.pth of a run")
+    theirs = {name: w for name, w in theirs.items() if isinstance(w, torch.Tensor)}
+    own = backbone.model.state_dict()
+    used = {name for name, p in backbone.model.named_parameters() if p.requires_grad}
+    for prefix in PREFIXES:
+        state = {name.removeprefix(prefix): w for name, w in theirs.items() if name.startswith(prefix)}
+        if used <= state.keys():
+            break
+    wrong = [name for name in own if name in state and state[name].shape != own[name].shape]
+    wrong += sorted(used - state.keys())
     if wrong:
         there = tuple(state[wrong[0]].shape) if wrong[0] in state else "missing"
-        raise UserError(f"{flag} {file}: does not fit {backbone.timm_name}: {len(wrong)} of its tensors, first {wrong[0]}, which "
-                   f"is {there} there and {tuple(own[wrong[0]].shape)} here. Is it of another architecture, or of other --model_kwargs?")
-    backbone.model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
+        raise UserError(f"{flag} {file}: does not fit {backbone.timm_name} in {len(wrong)} tensors, first "
+                        f"{wrong[0]}: {there} there, {tuple(own[wrong[0]].shape)} here. Is it of another "
+                        f"architecture, of other --model_kwargs, or under other names than timm's?")
+    backbone.model.load_state_dict({name: w for name, w in state.items() if name in own}, strict=False)
 
-# ---------------------------------------------------------------------------------- heads (3.1, 3.4) and search (3.3)
+# --------------------------------------------------------------------------- heads (3.4) and the search (3.3)
 def last_layer(in_dim, out_dim, learn_gain=True):
-    """Weight-normalized linear layer: gain * direction / |direction| for each logit, no bias, gain 1 at the start."""
+    """Weight-normalized linear layer: gain * direction / |direction| for each logit, no bias, gain 1 at
+    first."""
     layer = weight_norm(nn.Linear(in_dim, out_dim, bias=False))
     gain = layer.parametrizations.weight.original0
     nn.init.ones_(gain).requires_grad_(learn_gain)
@@ -616,224 +716,251 @@ def init_linear(module):
         nn.init.zeros_(module.bias)
 
 class MLPHead(nn.Module):
-    """Pooled representation (B, C) -> logits (B, K): C -> 2048 -> 2048 -> 256, L2 normalization, last layer (A.1)."""
+    """Pooled representation (B, C) -> logits (B, K), by four linear layers (3.4), with DINO's widths and its
+    L2 normalization before the last: C -> 2048 -> 2048 -> 256 -> K."""
     def __init__(self, in_dim, out_dim, hidden_dim=2048, bottleneck_dim=256, learn_gain=True):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, hidden_dim), nn.GELU(),
-                                 nn.Linear(hidden_dim, bottleneck_dim)).apply(init_linear)
+        self.mlp = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, hidden_dim),
+                                 nn.GELU(), nn.Linear(hidden_dim, bottleneck_dim)).apply(init_linear)
         self.last = last_layer(bottleneck_dim, out_dim, learn_gain)
 
     def forward(self, x):
         return self.last(F.normalize(self.mlp(x), dim=-1))
 
-class THead(nn.Module):
-    """Local features -> logits, by ViT blocks (3.4). With a query it is the feature search of Fig. 3: the query stands among
-    the tokens, attention lets it draw out those that resemble it, and it leaves before the tokens' mean is taken.
+def resize_positions(pos, side, release=False):
+    """Position embedding (1, n * n, C) -> (1, side * side, C), bicubic; the released code scales by (side +
+    0.1) / n."""
+    n = math.isqrt(pos.shape[1])
+    if n == side or not release:
+        return resample_abs_pos_embed(pos, [side, side], num_prefix_tokens=0, antialias=False)
+    grid = pos.unflatten(1, (n, n)).permute(0, 3, 1, 2)
+    return F.interpolate(grid, scale_factor=(side + 0.1) / n, mode="bicubic").flatten(2).mT
 
-    embed is the 1x1 convolution from a backbone's C channels to dim; there is none where C = dim. num_tokens: N of a global
-    view. norm: L2-normalize before the last layer.
+class THead(nn.Module):
+    """Local features -> logits, by ViT blocks (3.4). With a query it is the feature search of Fig. 3: the
+    query stands among the tokens, attention draws out those that resemble it, and it leaves before their mean
+    is taken.
+
+    embed is the 1x1 convolution from a backbone's C channels to dim; there is none where C = dim. num_tokens
+    is N of a global view. l2_normalize: of the mean token, before the last layer.
     """
-    def __init__(self, in_dim, out_dim, dim=384, depth=3, num_heads=6, num_tokens=49, norm=False):
+    def __init__(self, in_dim, out_dim, dim=384, depth=3, num_heads=6, num_tokens=49, l2_normalize=False,
+                 release=False):
         super().__init__()
         layer_norm = functools.partial(nn.LayerNorm, eps=1e-6)
         self.embed = nn.Linear(in_dim, dim) if in_dim != dim else nn.Identity()
         self.pos = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, num_tokens, dim), std=0.02))
-        self.blocks = nn.Sequential(*(Block(dim, num_heads, qkv_bias=True, norm_layer=layer_norm) for _ in range(depth)))
-        self.blocks.apply(init_linear)
-        self.norm, self.l2 = layer_norm(dim), norm
+        self.blocks = nn.Sequential(*[Block(dim, num_heads, qkv_bias=True, norm_layer=layer_norm)
+                                      for _ in range(depth)]).apply(init_linear)
+        self.norm, self.l2_normalize, self.release = layer_norm(dim), l2_normalize, release
         self.last = last_layer(dim, out_dim)
 
     def query_of(self, Z):
-        """Tokens (B, N, C), or what is pooled of them (B, C) -> query (B, dim): their mean, embedded."""
+        """Tokens (B, N, C), or their pooled feature (B, C) -> query (B, dim)."""
         return self.embed(Z.mean(1) if Z.dim() == 3 else Z)
 
-    def pool(self, Z, query=None):
-        """Tokens (B, N, C) -> (B, dim); with n queries an image (nB, dim), query by query -> (nB, dim)."""
-        x, side = self.embed(Z), math.isqrt(Z.shape[1])
-        x = x + resample_abs_pos_embed(self.pos, [side, side], num_prefix_tokens=0, antialias=False)   # for the view's own grid
-        if query is not None:   # which has no position
+    def encode(self, Z, query=None):
+        """Tokens (B, N, C) -> (B, dim). With n queries an image (nB, dim), query by query -> (nB, dim)."""
+        x = self.embed(Z) + resize_positions(self.pos, math.isqrt(Z.shape[1]), self.release)
+        if query is not None:   # it has no position
             x = torch.cat([query[:, None], x.repeat(len(query) // len(x), 1, 1)], 1)
         x = self.norm(self.blocks(x))
-        x = (x if query is None else x[:, 1:]).mean(1)
-        return F.normalize(x, dim=-1) if self.l2 else x
+        x = x.mean(1) if query is None else x[:, 1:].mean(1)
+        return F.normalize(x, dim=-1) if self.l2_normalize else x
 
     def forward(self, Z, query=None):
         """The same -> logits (B, K) or (nB, K)."""
-        return self.last(self.pool(Z, query))
+        return self.last(self.encode(Z, query))
 
-# Z of Algorithm 1, without gradient: pooled (VB, C), of which queries are made; tokens [(2B, N, C), (LB, n, C)]
+# Z of Algorithm 1: pooled (VB, C), and tokens by resolution [(2B, N, C), (LB, n, C)]
 Representation = namedtuple("Representation", "pooled tokens")
 
 class Net(nn.Module):
-    """[m, t, Z] = n(x) of Algorithm 1: a backbone and its two heads. Without st and ct there is no T-Head, and t is None."""
+    """[m, t, Z] = n(x) of Algorithm 1: a backbone and its two heads. Without st and ct there is no T-Head."""
     def __init__(self, backbone, cfg):
         super().__init__()
-        self.backbone = backbone
-        self.mlp_head = MLPHead(backbone.dim, cfg.out_dim, cfg.hidden_dim, cfg.bottleneck_dim, backbone.family == "vit")
-        self.t_head = THead(backbone.dim, cfg.out_dim, cfg.t_dim, cfg.t_depth, cfg.t_heads, backbone.num_tokens,
-                            cfg.t_norm) if "t" in cfg.losses else None
+        self.backbone, learn_gain = backbone, backbone.family == "vit"   # as released
+        self.mlp_head = MLPHead(backbone.dim, cfg.out_dim, cfg.hidden_dim, cfg.bottleneck_dim, learn_gain)
+        self.t_head = None
+        if loss_names(cfg) & {"st", "ct"}:
+            self.t_head = THead(backbone.dim, cfg.out_dim, cfg.t_dim, cfg.t_depth, cfg.t_heads,
+                                backbone.num_tokens, cfg.t_norm, cfg.recipe == "release")
 
     def forward(self, x):
-        """Views by resolution -> m (V, B, K), t (V, B, K), Representation. One pass per resolution."""
-        pooled, tokens = zip(*map(self.backbone, x))
-        pooled, views = torch.cat(pooled), (-1, len(x[0]) // 2)
-        m = self.mlp_head(pooled).unflatten(0, views)
-        t = self.t_head and self.t_head.last(torch.cat([self.t_head.pool(Z) for Z in tokens])).unflatten(0, views)
-        return m, t, Representation(pooled.detach(), [Z.detach() for Z in tokens])
+        """Views by resolution -> m (V, B, K), t (V, B, K) or None, Representation. Each resolution is one
+        pass."""
+        outputs, B = [self.backbone(views) for views in x], len(x[0]) // 2
+        Z = Representation(torch.cat([pooled for pooled, _ in outputs]), [tokens for _, tokens in outputs])
+        m, t = self.mlp_head(Z.pooled).unflatten(0, (-1, B)), None
+        if self.t_head:
+            t = torch.cat([self.t_head(tokens) for tokens in Z.tokens]).unflatten(0, (-1, B))
+        return m, t, Z
 
 def search_pairs(V, which):
-    """Which views search: (g, v) is student view v searching global view g of the other momentum net."""
-    return {"all": [(g, v) for g in range(2) for v in range(V) if v != g],   # Algorithm 1's rule on multi-crop views
-            "global": [(0, 1), (1, 0)],                                      # Algorithm 1's own pairs
-            "local": [(0, v) for v in range(2, V)]}[which]                   # the released code's
+    """Which views search: (g, v) says that student view v searches global view g of the other momentum
+    net."""
+    if which == "global":   # Algorithm 1's own two pairs
+        return [(0, 1), (1, 0)]
+    if which == "local":    # the released code's
+        return [(0, v) for v in range(2, V)]
+    return [(g, v) for g in range(2) for v in range(V) if v != g]   # Algorithm 1's rule for multi-crop
 
 def search(t_, query, Z_, pairs):
-    """t_s = t_(Z, Z_) of Algorithm 1, the cross-attention feature search (3.3, Fig. 3): the T-Head t_ of a momentum net on its
-    tokens Z_ (2B, N, C) of the global views with the other student's queries (VB, dim) -> logits (pairs, B, K)."""
-    B = len(Z_) // 2
+    """t_s = t_(Z, Z_) of Algorithm 1, the cross-attention feature search (3.3, Fig. 3): the T-Head t_ of a
+    momentum net reads its tokens Z_ (2B, N, C) of the global views with queries (VB, dim) of the other
+    student -> (pairs, B, K)."""
+    B, found = len(Z_) // 2, []
     query = query.split(B)
-    pooled = [t_.pool(Z_[g * B:(g + 1) * B], torch.cat([query[v] for h, v in pairs if h == g])) for g in range(2)
-              if any(h == g for h, _ in pairs)]
-    return t_.last(torch.cat(pooled)).unflatten(0, (-1, B))
+    for g in range(2):
+        searching = [query[v] for h, v in pairs if h == g]
+        if searching:   # eq. (6): the queries and the tokens that they search go through the blocks together
+            found.append(t_(Z_[g * B:(g + 1) * B], torch.cat(searching)))
+    return torch.cat(found).unflatten(0, (-1, B))
 
-# --------------------------------------------------------------------------------------------------- losses (3.2, 3.3)
+# ------------------------------------------------------------------------------------------ losses (3.2, 3.3)
 def target(t, center=0.0, teacher_temp=0.07):
-    """Momentum logits -> the distribution that a student learns, softmax((t - c) / tau'), without gradient (A.1)."""
+    """Momentum logits -> what a student learns, without gradient: eq. (1) with tau', after DINO's centering
+    (A.1)."""
     return ((t.detach().float() - center) / teacher_temp).softmax(-1)
 
 def cross_entropy(p, s, student_temp=0.1):
-    """-sum p log softmax(s / tau), mean over the batch; p, s (B, K). As -p . log softmax(x) = |p| logsumexp(x) - p . x, no
-    log-softmax is stored. Linear in p, so p may be a sum of targets."""
+    """-sum p log softmax(s / tau), mean over the batch; p and s are (B, K). Written as |p| logsumexp(x) - p .
+    x, with x = s / tau, it stores no log-softmax. It is linear in p, so p may be a sum of targets."""
     x = s.float() / student_temp
     return (p.sum(-1) * x.logsumexp(-1) - (p * x).sum(-1)).mean()
 
-def H(t, s, center=0.0, teacher_temp=0.07, student_temp=0.1):
-    """H(t, s) of Algorithm 1 for one pair of views: momentum logits t (B, K), student logits s (B, K)."""
-    return cross_entropy(target(t, center, teacher_temp), s, student_temp)
-
-def multi_crop_H(t, s, center=0.0, teacher_temp=0.07, student_temp=0.1, pairs=None):
-    """H averaged over pairs of a row of t (G, B, K) and a view of s (V, B, K): those given, or all of different views."""
+def H(t, s, center=0.0, teacher_temp=0.07, student_temp=0.1, pairs=None):
+    """H(t, s) of Algorithm 1 for momentum logits t (G, B, K) and a student's s (V, B, K), averaged over pairs
+    of views: sum(H(t[g], s[v]) for g, v in pairs) / len(pairs). By default all pairs of different views
+    count."""
     pairs = pairs or [(g, v) for g in range(len(t)) for v in range(len(s)) if v != g]
     return MultiCropH.apply(s, t, center, teacher_temp, student_temp, pairs)
 
+multi_crop_H = H   # forks know it by this name too
+
 class MultiCropH(torch.autograd.Function):
-    """multi_crop_H in little memory: autograd would keep targets and logits in float for every view, here backward computes them
-    again, one view at a time. The targets of a view are added up first, which saves passes over its logits."""
+    """H in little memory: autograd would keep float targets and logits of all views; here backward makes them
+    again, view by view. The targets of a view are added up first, which saves passes over its logits."""
     @staticmethod
-    def views(t, s, center, teacher_temp, pairs):
-        """Yields a view of s and the sum of its targets (B, K); views with the same targets share them."""
-        rows = {v: tuple(g for g, w in pairs if w == v) for v in range(len(s))}
-        for same in sorted({*rows.values()} - {()}):
-            p = sum(target(t[g], center, teacher_temp) for g in same)
-            yield from ((v, p) for v in rows if rows[v] == same)
+    def views_and_targets(t, s, center, teacher_temp, pairs):
+        """Yields each view v of s that has targets, and their sum (B, K), made once for views with the
+        same."""
+        learners = {}   # rows of t -> the views that learn from them
+        for v in range(len(s)):
+            rows = tuple(g for g, w in pairs if w == v)
+            if rows:
+                learners.setdefault(rows, []).append(v)
+        for rows in sorted(learners):
+            p = sum(target(t[g], center, teacher_temp) for g in rows)
+            for v in learners[rows]:
+                yield v, p
 
     @staticmethod
     def forward(ctx, s, t, center, teacher_temp, student_temp, pairs):
         ctx.save_for_backward(s, t)
         ctx.others = center, teacher_temp, student_temp, pairs
-        views = MultiCropH.views(t, s, center, teacher_temp, pairs)
+        views = MultiCropH.views_and_targets(t, s, center, teacher_temp, pairs)
         return sum(cross_entropy(p, s[v], student_temp) for v, p in views) / len(pairs)
 
     @staticmethod
     def backward(ctx, grad_loss):
         (s, t), (center, teacher_temp, student_temp, pairs) = ctx.saved_tensors, ctx.others
         grad = torch.zeros_like(s)
-        for v, p in MultiCropH.views(t, s, center, teacher_temp, pairs):
+        for v, p in MultiCropH.views_and_targets(t, s, center, teacher_temp, pairs):
             q = (s[v].float() / student_temp).softmax(-1)
-            grad[v] = (q * p.sum(-1, keepdim=True) - p) * (grad_loss / (len(pairs) * s.shape[1] * student_temp))
+            scale = grad_loss / (len(pairs) * s.shape[1] * student_temp)
+            grad[v] = (q * p.sum(-1, keepdim=True) - p) * scale
         return grad, None, None, None, None, None
 
-# ------------------------------------------------------------------------------------------------- schedules (A.1)
-def cosine_schedule(step, steps, start, end, warmup=0):
-    """From 0 to start in a straight line over `warmup` steps, then by half a cosine to end at `steps`."""
+# -------------------------------------------------------------------------------------------- schedules (A.1)
+def cosine_schedule(step, steps, start, end, warmup=0, rise=None):
+    """For `warmup` steps a straight line from 0, which reaches start after `rise` steps (by default
+    `warmup`); then half a cosine from start to end, which it reaches at `steps`."""
     if step < warmup:
-        return start * step / warmup
+        return start * step / (rise or warmup)
     return end + (start - end) * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
 
 def teacher_temperature(epoch, start, end, epochs):
     """tau': start in the first epoch, end in the last of `epochs` and after, in equal steps between."""
     return end if epoch >= epochs - 1 else start + (end - start) * epoch / (epochs - 1)
 
-# A step and what the schedules say at it: l is the momentum of the momentum nets, temp is tau', temp_cnn that of a CNN's
-# self-distillation.
-Now = namedtuple("Now", "step steps warmup epoch l temp temp_cnn")
+# What the schedules say at a step. l is the momentum of the momentum nets, temp is tau', temp_cnn is tau' of
+# a CNN's self-distillation. lr and wd hold learning rates and weight decays under "cnn" and "vit".
+Now = namedtuple("Now", "step epoch l temp temp_cnn lr wd")
 
 def schedule(cfg, step, per_epoch):
-    epoch, steps, rise, rise_cnn = step // per_epoch, cfg.epochs * per_epoch, cfg.teacher_temp_epochs, cfg.teacher_temp_epochs_cnn
-    temps = (teacher_temperature(epoch, cfg.teacher_temp_start, cfg.teacher_temp, n)
-             for n in (rise, rise if rise_cnn is None else rise_cnn))
-    return Now(step, steps, cfg.warmup_epochs * per_epoch, epoch, cosine_schedule(step, steps, cfg.ema, 1.0), *temps)
+    epoch, steps, warmup = step // per_epoch, cfg.epochs * per_epoch, cfg.warmup_epochs * per_epoch
+    rise = warmup - 1 if cfg.recipe == "release" else warmup
+    scale = cfg.batch_size / 256   # learning rates are given for 256 images (DINO)
+    wd_end = cfg.vit_wd if cfg.wd_end is None else cfg.wd_end
+    epochs, epochs_cnn = cfg.teacher_temp_epochs, cfg.teacher_temp_epochs_cnn
+    return Now(
+        step, epoch, l=cosine_schedule(step, steps, cfg.ema, 1.0),
+        temp=teacher_temperature(epoch, cfg.teacher_temp_start, cfg.teacher_temp, epochs),
+        temp_cnn=teacher_temperature(epoch, cfg.teacher_temp_start, cfg.teacher_temp,
+                                     epochs if epochs_cnn is None else epochs_cnn),
+        lr=dict(cnn=cosine_schedule(step, steps, cfg.cnn_lr * scale, cfg.cnn_lr_end, warmup, rise),
+                vit=cosine_schedule(step, steps, cfg.vit_lr * scale, cfg.vit_lr_end, warmup, rise)),
+        wd=dict(cnn=cfg.cnn_wd, vit=cosine_schedule(step, steps, cfg.vit_wd, wd_end)))
 
-# ---------------------------------------------------------------------- the two models: what each has of its own (A.1)
-class SumOverProcesses(torch.autograd.Function):
-    forward = staticmethod(lambda ctx, x: sum_over_processes(x))
-    backward = staticmethod(lambda ctx, grad: sum_over_processes(grad))
-
-def sync_batch_norm(net, device):
-    """Let batch norms see the batch of all processes: torch's on GPUs; on the CPU, which it does not serve, each process
-    norms the whole batch and keeps its part."""
-    if device.type == "cuda":
-        return timm.layers.convert_sync_batchnorm(net)
-    def forward_on_all(bn, forward, x):
-        if not bn.training:
-            return forward(x)
-        before, after = dist.get_rank() * len(x), (dist.get_world_size() - 1 - dist.get_rank()) * len(x)
-        return forward(SumOverProcesses.apply(F.pad(x, [0, 0] * (x.dim() - 1) + [before, after])))[before:before + len(x)]
-    for bn in (m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
-        bn.forward = functools.partial(forward_on_all, bn, bn.forward)
-    return net
-
+# ------------------------------------------------------------------- the two models: what each has of its own
 def clip_per_tensor(grads, limit):
-    """Scale each gradient that is longer than `limit` to that norm, in place, without reading a norm on the host."""
+    """Scale each gradient longer than `limit` to that norm, in place, without reading a norm on the host."""
     norms = torch._foreach_norm(grads)
     torch._foreach_mul_(grads, [(limit / (norm + 1e-6)).clamp_max(1) for norm in norms])
 
 class Model:
-    """A student n with its optimizers, its momentum net n_ and its centers C_m and C_t."""
+    """A student n with its optimizers, its momentum net n_, and the centers C_m and C_t of n_'s two heads."""
     def __init__(self, cfg, i, backbone, device, world=1):
         self.cfg, self.i, self.family = cfg, i, backbone.family
         torch.manual_seed(seed_of(cfg.seed, "heads", i))
         self.net = Net(backbone, cfg)
-        self.momentum_net = copy.deepcopy(self.net).requires_grad_(False)
+        self.momentum_net = copy.deepcopy(self.net).requires_grad_(False)   # n_.params = n.params
         no_drop_path(self.momentum_net)   # stochastic depth is for the student
+        if cfg.grad_checkpointing:
+            backbone.model.set_grad_checkpointing()
         for net in (self.net, self.momentum_net):
             net.to(device, memory_format=memory_format(device))
-            if world > 1:
-                sync_batch_norm(net, device)
+            if world > 1 and device.type == "cuda":   # torch has no batch norm over processes on the CPU
+                timm.layers.convert_sync_batchnorm(net)
             if cfg.compile:
                 net.compile(dynamic=False)
         self.n_, self.t, self.t_ = self.momentum_net, self.net.t_head, self.momentum_net.t_head
-        for name in ("C_m", "C_t"):
+        for name in ("C_m", "C_t"):   # buffers, so they are saved with the momentum net
             self.momentum_net.register_buffer(name, torch.zeros(1, cfg.out_dim, device=device))
         self.C_m, self.C_t = self.momentum_net.C_m, self.momentum_net.C_t
-        self.optimizers = self.make_optimizers()
-        self.forward = self.net if world == 1 else nn.parallel.DistributedDataParallel(
-            self.net, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
         self.params, self.params_ = list(self.net.parameters()), list(self.momentum_net.parameters())
         self.last_layers = [p for name, p in self.net.named_parameters() if ".last." in name]
+        self.optimizers, self.distributed = self.make_optimizers(device), self.net
+        if world > 1:
+            ddp, gpus = nn.parallel.DistributedDataParallel, [device] if device.type == "cuda" else None
+            self.distributed = ddp(self.net, gpus, gradient_as_bucket_view=True)
 
-    def make_optimizers(self):
-        """One, or two where the T-Head of a CNN has its own kind. A parameter group holds the ends of its schedules."""
-        cfg, family, scale, groups = self.cfg, self.family, self.cfg.batch_size / 256, dict(sgd=[], adamw=[])
-        ends = dict(cnn=dict(lr_ends=(cfg.cnn_lr * scale, cfg.cnn_lr_end), wd_ends=(cfg.cnn_wd, cfg.cnn_wd)),
-                    vit=dict(lr_ends=(cfg.vit_lr * scale, cfg.vit_lr_end),
-                             wd_ends=(cfg.vit_wd, cfg.vit_wd if cfg.wd_end is None else cfg.wd_end)))
-        kind = dict(cnn=cfg.cnn_optimizer, vit=cfg.vit_optimizer)[family]
-        for module, family, kind in ((self.net.backbone, family, kind), (self.net.mlp_head, family, kind),
-                                     (self.t or nn.Identity(), "vit", cfg.t_optimizer if family == "cnn" else kind)):
-            params = [p for p in module.parameters() if p.requires_grad]
-            for decayed, own in ((True, {}), (False, dict(wd_ends=(0.0, 0.0)))):
-                some = [p for p in params if (p.dim() > 1) == decayed]
-                groups[kind] += [dict(params=some, **ends[family] | own)] * bool(some)
-        make = dict(sgd=functools.partial(torch.optim.SGD, lr=0.0, momentum=0.9, foreach=True),
-                    adamw=functools.partial(torch.optim.AdamW, lr=0.0, fused=self.C_m.device.type in ("cuda", "cpu")))
-        return [make[kind](g) for kind, g in groups.items() if g]
+    def make_optimizers(self, device):
+        """One optimizer (3.4), or two where a CNN's T-Head has another kind. Whatever is in the net is
+        trained."""
+        cfg, kinds = self.cfg, dict(sgd={}, adamw={})
+        for name, p in self.net.named_parameters():
+            cnn_t_head = self.family == "cnn" and name.startswith("t_head.")
+            family = "vit" if cnn_t_head else self.family   # whose learning rate and weight decay it has
+            kind = cfg.t_optimizer if cnn_t_head else getattr(cfg, f"{family}_optimizer")
+            decays = p.dim() > 1 or (cnn_t_head and cfg.recipe == "release")
+            if p.requires_grad:
+                kinds[kind].setdefault((family, decays), []).append(p)
+        optimizers = []
+        for kind, groups in kinds.items():
+            groups = [dict(params=ps, family=family, decays=decay) for (family, decay), ps in groups.items()]
+            if groups and kind == "sgd":
+                optimizers.append(torch.optim.SGD(groups, lr=0.0, momentum=0.9, foreach=True))
+            elif groups:
+                optimizers.append(torch.optim.AdamW(groups, lr=0.0, fused=device.type in ("cuda", "cpu")))
+        return optimizers
 
     def n(self, x, now):
-        """[m, t, Z] = n(x). Stochastic depth draws from (seed, step), whatever the other model draws."""
+        """[m, t, Z] = n(x). Stochastic depth is drawn from (seed, step), whatever the other model draws."""
         rank = dist.get_rank() if dist.is_initialized() else 0
         torch.manual_seed(seed_of(self.cfg.seed, "stochastic depth", self.i, now.step, rank))
-        return self.forward(x)
+        return self.distributed(x)
 
     def temp(self, now):   # tau' of self-distillation
         return now.temp_cnn if self.family == "cnn" else now.temp
@@ -845,9 +972,9 @@ class Model:
                 p.grad = None
         for optimizer in self.optimizers:
             scaler.unscale_(optimizer)
-            for g in optimizer.param_groups:
-                g["lr"] = cosine_schedule(now.step, now.steps, *g["lr_ends"], now.warmup)
-                g["weight_decay"] = cosine_schedule(now.step, now.steps, *g["wd_ends"])
+            for group in optimizer.param_groups:
+                group["lr"] = now.lr[group["family"]]
+                group["weight_decay"] = now.wd[group["family"]] if group["decays"] else 0.0
         if self.cfg.clip_grad:
             clip_per_tensor([p.grad for p in self.params if p.grad is not None], self.cfg.clip_grad)
         for optimizer in self.optimizers:
@@ -856,83 +983,100 @@ class Model:
 
     @torch.no_grad()
     def update_momentum_net(self, l):
-        """n_.params = l * n_.params + (1 - l) * n.params; batch-norm statistics are the momentum net's own."""
+        """n_.params = l * n_.params + (1 - l) * n.params. Batch-norm statistics are the momentum net's
+        own."""
         torch._foreach_lerp_(self.params_, self.params, 1 - l)
 
     @torch.no_grad()
     def update_centers(self, m_, t_):
-        """C = c C + (1 - c) mean of the momentum logits over both global views, the batch and the processes."""
-        means = mean_over_processes(torch.stack([x.float().mean((0, 1)) for x in (m_, t_) if x is not None]))
+        """C = c C + (1 - c) mean of the momentum logits over both global views, the batch and the
+        processes."""
+        logits = [m_] if t_ is None else [m_, t_]
+        means = mean_over_processes(torch.stack([x.float().mean((0, 1)) for x in logits]))
         for C, mean in zip((self.C_m, self.C_t), means):
             C.lerp_(mean, 1 - self.cfg.center_momentum)
 
     def state(self):
-        return [part.state_dict() for part in (self.net, self.momentum_net, *self.optimizers)]
+        return dict(net=self.net.state_dict(), momentum_net=self.momentum_net.state_dict(),
+                    optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
 
     def load_state(self, state):
-        for part, saved in zip((self.net, self.momentum_net, *self.optimizers), state):
-            part.load_state_dict(saved)
+        """Take up what state() gave. Raises ValueError or RuntimeError where it does not fit."""
+        self.net.load_state_dict(state["net"])
+        self.momentum_net.load_state_dict(state["momentum_net"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+            for p, moments in optimizer.state.items():   # torch takes any shape, and crashes later
+                if any(value.dim() and value.shape != p.shape for value in moments.values()):
+                    raise ValueError("an optimizer's state has another shape than its parameter")
 
-# ----------------------------------------------------------------------------------------------------- Algorithm 1
-def train_step(model1, model2, x, cfg, now, scaler=None, tick=lambda part: None):
-    """One step of Algorithm 1 on the views x of make_views -> the losses by name and the momentum logits.
+# ------------------------------------------------------------------------------------------------ Algorithm 1
+def train_step(model1, model2, x, cfg, now, scaler=None):
+    """One step of Algorithm 1 on the views x of make_views -> the losses by name, and the momentum logits.
 
-    In the algorithm's words n1, n2 are the students, n1_, n2_ the momentum nets; where it has two views a and b, x
-    holds V = 2 + L, and H averages over the pairs of different ones. A loss left out by --losses is 0.
+    n1 and n2 are the students, n1_ and n2_ the momentum nets. Where the algorithm has two views a and b, x
+    holds V = 2 + L, and H averages over the pairs of different ones. A loss that --losses leaves out is zero.
     """
-    n1, n1_, n2, n2_ = model1.n, model1.n_, model2.n, model2.n_
-    lambda1, lambda2, l, losses = cfg.lambda1, cfg.lambda2, now.l, cfg.losses.split(",")
-    temp, temp1, temp2 = now.temp, model1.temp(now), model2.temp(now)
-    C1_s, C2_s = (model1.C_t, model2.C_t) if cfg.search_center else (0.0, 0.0)
-    scaler = scaler or torch.amp.GradScaler(enabled=False)
-    H = functools.partial(multi_crop_H, student_temp=cfg.student_temp)
+    n1, n1_, C_m1, C_t1, temp1 = model1.n, model1.n_, model1.C_m, model1.C_t, model1.temp(now)
+    n2, n2_, C_m2, C_t2, temp2 = model2.n, model2.n_, model2.C_m, model2.C_t, model2.temp(now)
+    C_s1, C_s2 = (C_t1, C_t2) if cfg.search_center else (0.0, 0.0)
+    lambda1, lambda2, l, losses = cfg.lambda1, cfg.lambda2, now.l, loss_names(cfg)
+    tau, temp, scaler = cfg.student_temp, now.temp, scaler or torch.amp.GradScaler(enabled=False)
     pairs = search_pairs(2 + cfg.local_crops, cfg.search)
-    rows = [(row, v) for row, (g, v) in enumerate(pairs)]      # row of t1_s, t2_s -> the view that searched
+    rows = [(row, v) for row, (g, v) in enumerate(pairs)]   # row of t1_s and t2_s, and the view that searched
     zero = torch.zeros((), device=x[0].device)
 
     with autocast(x[0].device, cfg.dtype):
-        m1, t1, Z1 = n1(x, now)                                                          # m1, t1: (V, B, K)
+        # The students see all views, the momentum nets the two global ones.
+        m1, t1, Z1 = n1(x, now)   # m1, t1: (V, B, K)
         m2, t2, Z2 = n2(x, now)
         with torch.no_grad():
-            m1_, t1_, Z1_ = n1_(x[:1])                                                   # the global views: (2, B, K)
+            m1_, t1_, Z1_ = n1_(x[:1])   # m1_, t1_: (2, B, K)
             m2_, t2_, Z2_ = n2_(x[:1])
-            if "ct" in losses:                                                           # feature search, section 3.3
-                t1_s = search(model1.t_, model2.t.query_of(Z2.pooled), Z1_.tokens[0], pairs)   # t1_(Z2, Z1_)
-                t2_s = search(model2.t_, model1.t.query_of(Z1.pooled), Z2_.tokens[0], pairs)   # t2_(Z1, Z2_): (pairs, B, K)
-    tick("forward")
 
-    loss_sm1 = H(m1_, m1, model1.C_m, temp1)                                             # self-distillation, 3.2
-    loss_sm2 = H(m2_, m2, model2.C_m, temp2)
-    loss_st1 = H(t1_, t1, model1.C_t, temp1) if "st" in losses else zero
-    loss_st2 = H(t2_, t2, model2.C_t, temp2) if "st" in losses else zero
-    loss_cm1 = H(m2_, m1, model2.C_m, temp) if "cm" in losses else zero                  # cross-distillation, 3.3
-    loss_cm2 = H(m1_, m2, model1.C_m, temp) if "cm" in losses else zero
-    loss_ct1 = H(t2_s, t1, C2_s, temp, pairs=rows) if "ct" in losses else zero
-    loss_ct2 = H(t1_s, t2, C1_s, temp, pairs=rows) if "ct" in losses else zero
+            # Cross-attention feature search (3.3). A query is the other student's; it carries no gradient.
+            if "ct" in losses:   # t1_(Z2, Z1_) and t2_(Z1, Z2_)
+                t1_s = search(model1.t_, model2.t.query_of(Z2.pooled), Z1_.tokens[0], pairs)
+                t2_s = search(model2.t_, model1.t.query_of(Z1.pooled), Z2_.tokens[0], pairs)
 
-    loss1 = loss_sm1 + loss_st1 + lambda1 * (loss_cm1 + loss_ct1)
-    loss2 = loss_sm2 + loss_st2 + lambda2 * (loss_cm2 + loss_ct2)
-    tick("loss")
+    # Self-distillation (3.2) through the MLP-Heads, eq. (2), and through the T-Heads, eq. (3)
+    loss_sm1 = H(m1_, m1, C_m1, temp1, tau)
+    loss_sm2 = H(m2_, m2, C_m2, temp2, tau)
+    loss_st1 = H(t1_, t1, C_t1, temp1, tau) if "st" in losses else zero
+    loss_st2 = H(t2_, t2, C_t2, temp2, tau) if "st" in losses else zero
+
+    # Cross-distillation (3.3) through the MLP-Heads, eq. (5), and the search, eq. (7), which the paper also
+    # calls loss_it
+    loss_cm1 = H(m2_, m1, C_m2, temp, tau) if "cm" in losses else zero
+    loss_cm2 = H(m1_, m2, C_m1, temp, tau) if "cm" in losses else zero
+    loss_ct1 = H(t2_s, t1, C_s2, temp, tau, rows) if "ct" in losses else zero
+    loss_ct2 = H(t1_s, t2, C_s1, temp, tau, rows) if "ct" in losses else zero
+
+    # eq. (9): the sum of self-distillation, eq. (4), and lambda times the sum of cross-distillation, eq. (8)
+    loss1 = (loss_sm1 + loss_st1) + lambda1 * (loss_cm1 + loss_ct1)
+    loss2 = (loss_sm2 + loss_st2) + lambda2 * (loss_cm2 + loss_ct2)
+
     scaler.scale(loss1).backward()
     scaler.scale(loss2).backward()
-    tick("backward")
-
-    model1.update(now, scaler)                                                           # n1, n2
+    model1.update(now, scaler)
     model2.update(now, scaler)
     scaler.update()
-    model1.update_momentum_net(l)                                                        # n1_.params = l n1_.params + ...
-    model2.update_momentum_net(l)
-    model1.update_centers(m1_, t1_)                                                      # C = m C + (1 - m) mean(...)
-    model2.update_centers(m2_, t2_)
-    tick("update")
-    parts = dict(sm1=loss_sm1, st1=loss_st1, cm1=loss_cm1, ct1=loss_ct1, loss1=loss1,
-                 sm2=loss_sm2, st2=loss_st2, cm2=loss_cm2, ct2=loss_ct2, loss2=loss2)
-    return {name: loss.detach() for name, loss in parts.items()}, dict(m1=m1_, t1=t1_, m2=m2_, t2=t2_)
 
-# --------------------------------------------------------------------------------------------------------- k-NN (A.2)
-class EvalView(torch.utils.data.Dataset):
-    """index -> (center crop (3, S, S) uint8, label): the shorter side to `resize`, then the middle. An unreadable image is
-    named and gets label -1, with which it counts nowhere."""
+    # n_.params = l * n_.params + (1 - l) * n.params, where the paper's print has n.params twice
+    model1.update_momentum_net(l)
+    model2.update_momentum_net(l)
+
+    # DINO's centering (A.1), which Algorithm 1 leaves out. Outputs of the search take no part.
+    model1.update_centers(m1_, t1_)
+    model2.update_centers(m2_, t2_)
+    named = dict(sm1=loss_sm1, st1=loss_st1, cm1=loss_cm1, ct1=loss_ct1, loss1=loss1,
+                 sm2=loss_sm2, st2=loss_st2, cm2=loss_cm2, ct2=loss_ct2, loss2=loss2)
+    return {name: loss.detach() for name, loss in named.items()}, dict(m1=m1_, t1=t1_, m2=m2_, t2=t2_)
+
+# ------------------------------------------------------------------------------------------------- k-NN (A.2)
+class EvalView(Dataset):
+    """index -> (center crop (3, S, S) uint8, label): the shorter side becomes `resize`, then the middle is
+    cut out. An unreadable image is named and gets the label NO_IMAGE; negative labels count nowhere."""
     def __init__(self, images, size, resize=None):
         self.images, self.size, self.resize = images, size, resize or round(size * 256 / 224)
 
@@ -942,20 +1086,25 @@ class EvalView(torch.utils.data.Dataset):
     def __getitem__(self, i):
         try:
             image, label = self.images[i]
-        except Exception as error:
+            image = to_rgb(image)
+        except UNREADABLE as error:
             warn(f"skipped {name_of(self.images, i)}: {error}")
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), -1
-        image = TF.resize(to_rgb(image), [self.resize], TF.InterpolationMode.BICUBIC, antialias=True)
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), NO_IMAGE
+        limit = 4 * min(image.shape[1:])   # what a long image has more is cut off below anyway
+        image = TF.center_crop(image, [min(side, limit) for side in image.shape[1:]])
+        image = TF.resize(image, [self.resize], TF.InterpolationMode.BICUBIC, antialias=True)
         return TF.center_crop(image, [self.size, self.size]), int(label)
 
 @torch.no_grad()
-def extract_features(backbones, views, device, batch_size=256, workers=0, rank=0, world=1, dtype="fp32", progress=None):
-    """-> ([L2-normalized pooled representations (n, C) of each backbone, in half precision], labels (n,)) on the device, of
-    every world-th image; an unreadable image has label -1. progress(n) is told the images done."""
+def extract_features(backbones, views, device, batch_size=256, workers=0, rank=0, world=1, dtype="fp32",
+                     progress=None):
+    """-> ([L2-normalized pooled features (n, C) of each backbone, in half precision], labels (n,)) on the
+    device, of every world-th image from the rank-th on. progress(n) is told how many are done. Raises
+    UserError where features are not finite or more than 1 % of the images cannot be read."""
+    part = Subset(views, range(rank, len(views), world))
     modes, features, labels, done = [b.training for b in backbones], [], [], 0
     for b in backbones:
         b.eval()
-    part = Subset(views, range(rank, len(views), world))
     for x, y in make_loader(part, device, workers, batch_size=batch_size):
         x = normalize(x.to(device, non_blocking=True).float() / 255)
         with autocast(device, dtype):
@@ -969,145 +1118,177 @@ def extract_features(backbones, views, device, batch_size=256, workers=0, rank=0
             progress(done)
     for b, mode in zip(backbones, modes):
         b.train(mode)
-    return features, torch.cat(labels).to(device)
-
-def nearest(bank, labels, queries, k):
-    """The k nearest of a bank by cosine -> similarities (Q, k), labels (Q, k), most similar first; fewer if the bank is smaller.
-
-    bank (n, D), labels (n,) in [0, 2^20): this process's part of the bank; queries (Q, D) are the same on all processes. Rows
-    with label -1 do not count. Similarity and label make one number, sorted by the one, then the other: so the answer, ties
-    included, does not depend on how the bank is split, over processes or into the chunks in which it is worked through.
-    """
-    nothing, found = -2 ** 62, []
-    k = min(k, int(sum_over_processes((labels >= 0).sum())))
-    for q in queries.split(1024):
-        best = [torch.full((len(q), k), nothing, device=q.device)]
-        for b, y in zip(bank.split(2 ** 15), labels.split(2 ** 15)):
-            similarity = q.float() @ b.float().T   # exact to 2^-30 from here on
-            key = ((similarity * 2 ** 30).long() * 2 ** 20 - y).masked_fill_(y < 0, nothing)
-            best.append(key.topk(min(k, len(b))).values)
-        best = torch.cat(best, 1).topk(k).values
-        found.append(gather(best.T.contiguous(), k).T.topk(k).values)
-    key = torch.cat(found)
-    labels = -key % 2 ** 20
-    return (key + labels).float() / 2 ** 50, labels
+    labels = torch.cat(labels).to(device)
+    refuse_unreadable(int(sum_over_processes((labels == NO_IMAGE).sum())), len(views), "")
+    if not all(rows.isfinite().all() for rows in features):
+        raise UserError("features are not finite: the weights are damaged, or try --dtype fp32", code=1)
+    return features, labels
 
 def knn_classify(bank, labels, queries, k=20, temperature=0.07, classes=None):
-    """DINO's weighted k-NN: votes (Q, classes) for queries (Q, D) by their k nearest in bank (n, D), of labels (n,), each
-    weighing exp(cosine / temperature). Features are L2-normalized; argmax(1) is the prediction."""
-    return vote(*nearest(bank, labels, queries, k), classes or int(labels.max()) + 1, temperature)
-
-def vote(similarity, labels, classes, temperature=0.07):
-    """Similarities and labels (Q, k) of neighbors -> votes (Q, classes)."""
-    votes = torch.zeros(len(labels), classes, device=labels.device)
-    return votes.scatter_add_(1, labels, (similarity / temperature).exp())
-
-def gather(x, n):
-    """Tensors (at most n, ...) of all processes -> (processes * n, ...), one after the other, filled up with -1."""
-    if not dist.is_initialized():
-        return x
-    x = F.pad(x, [0, 0] * (x.dim() - 1) + [0, n - len(x)], value=-1)
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x)
-    return torch.cat(parts)
+    """DINO's weighted k-NN: votes (Q, classes) for queries (Q, D) by their k nearest in bank (n, D), of
+    labels (n,). Rows are features; a neighbor weighs exp(cosine / temperature), relative to the nearest;
+    argmax(1) predicts."""
+    votes = torch.zeros(len(queries), classes or int(labels.max()) + 1, device=queries.device)
+    for rows in torch.arange(len(queries)).split(256):
+        query = F.normalize(queries[rows].float(), dim=1)   # half precision has changed the lengths a little
+        cosine = torch.cat([query @ F.normalize(part.float(), dim=1).T for part in bank.split(2 ** 16)], 1)
+        cosine, nearest = cosine.topk(min(k, len(bank)))
+        weight = ((cosine - cosine[:, :1]) / temperature).exp()
+        votes[rows] = votes[rows].scatter_add(1, labels[nearest], weight)
+    return votes
 
 def knn_accuracy(backbones, train, val, cfg, device, rank=0, world=1):
-    """k-NN top-1 (percent) of each backbone on val, with train as the bank; the processes share the work."""
-    (banks, labels), (queries, answers) = (
-        extract_features(backbones, EvalView(part, cfg.global_size), device, cfg.batch_size, cfg.workers, rank, world)
-        for part in (train, val))
-    n = math.ceil(len(val) / world)
-    answers, classes = gather(answers, n), int(gather(labels.max()[None], 1).max()) + 1
-    return [100 * (knn_classify(bank, labels, gather(q, n), cfg.knn_k, classes=classes).argmax(1) == answers)[answers >= 0]
-            .float().mean().item() for bank, q in zip(banks, queries)]
+    """k-NN top-1 (percent) of each backbone on val, with train as the bank. Each process classifies its share
+    of val and holds the whole bank."""
+    options, accuracies = (device, cfg.batch_size, cfg.workers, rank, world), []
+    banks, labels = extract_features(backbones, EvalView(train, cfg.global_size), *options)
+    queries, answers = extract_features(backbones, EvalView(val, cfg.global_size), *options)
+    n, known = math.ceil(len(train) / world), answers >= 0
+    labels = gather(labels, n)
+    for bank, query in zip(banks, queries):
+        bank = gather(bank, n)[labels >= 0]
+        predicted = knn_classify(bank, labels[labels >= 0], query[known], cfg.knn_k).argmax(1)
+        right = sum_over_processes(torch.stack([(predicted == answers[known]).sum(), known.sum()])).tolist()
+        accuracies.append(100 * right[0] / max(1, right[1]))
+    return accuracies
 
-# ------------------------------------------------------------------------------------------------ checkpoints and log
+# ---------------------------------------------------------------------------------------- checkpoints and log
 def write(value, path):
-    torch.save(value, path + ".tmp")   # so a file under its own name is always whole
-    os.replace(path + ".tmp", path)
-
-def save(cfg, models, step, scaler):
-    """Write checkpoint.pth, all that resuming needs, and the momentum backbones under timm's names -> None, or a sentence
-    that says why it could not be done. Raises UserError instead of saving weights that are not finite."""
-    for model in models:
-        if not torch.stack(torch._foreach_norm([p.detach() for p in model.params])).isfinite().all():
-            raise UserError(f"step {step - 1}: its update made weights of model {model.i} not finite. The last good checkpoint is kept. "
-                       f"Lower the learning rates or use --dtype fp32", code=1)
+    """torch.save to a temporary file that is then renamed, so a file under its name is whole. Raises
+    OSError."""
     try:
-        if MAIN:
-            state = dict(config=asdict(cfg), step=step, scaler=scaler.state_dict(), models=[m.state() for m in models])
-            write(state, f"{cfg.out}/checkpoint.pth")
-            for m in models:
-                weights = {name: w.contiguous() for name, w in m.momentum_net.backbone.model.state_dict().items()}
-                write(weights, f"{cfg.out}/model{m.i}.pth")
-    except (OSError, RuntimeError) as error:   # torch turns a full disk into a RuntimeError
-        return f"--out {cfg.out}: the checkpoint of step {step} could not be written ({error}); make room there"
+        torch.save(value, path + ".tmp")
+        os.replace(path + ".tmp", path)
+    except RuntimeError as error:   # so torch says that a disk is full
+        raise OSError(f"{path} could not be written: the disk is full, or the folder not writable") from error
+    finally:
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+
+ADVICE = ("Nothing was saved after the last checkpoint. Lower the learning rates, raise --warmup_epochs, or "
+          "use --dtype fp32, and start again")
+
+def save(cfg, models, step, scaler, n_images):
+    """Write the momentum backbones under timm's names, then checkpoint.pth, all that resuming needs. Raises
+    OSError where the disk does not take them, and UserError rather than save weights that are not finite."""
+    for m in models:
+        if not torch.stack(torch._foreach_norm([p.detach() for p in m.params])).isfinite().all():
+            raise UserError(f"step {step - 1}: weights of model {m.i} not finite after it. {ADVICE}", 1)
+    if MAIN:
+        for m in models:
+            weights = m.momentum_net.backbone.model.state_dict()
+            write({name: w.contiguous() for name, w in weights.items()}, f"{cfg.out}/model{m.i}.pth")
+        state = dict(config=asdict(cfg), step=step, images=n_images, scaler=scaler.state_dict())
+        write(state | {f"model{m.i}": m.state() for m in models}, f"{cfg.out}/checkpoint.pth")
 
 def read_checkpoint(path, advice="Delete it to start anew, or give another --out"):
-    """-> the dict that save wrote. Raises UserError where it is none, or damaged."""
+    """-> the dict of a checkpoint. Raises UserError where it is none, is damaged, or cannot be read just
+    now."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state["config"]["seed"], state["step"], state["models"]   # it must have these
-        return state
-    except Exception as error:
-        raise UserError(f"{path}: damaged, or no checkpoint of this program ({type(error).__name__}). {advice}") from error
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()   # compares check sums, so one flipped bit is seen
+        if damaged is None:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state["config"]["seed"], state["step"]   # it must have these
+            return state
+        reason = f"{damaged} in it has another check sum"
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read just now ({error.strerror}); it may be sound") from error
+    except Exception as error:   # damage has many names
+        reason = type(error).__name__
+    raise UserError(f"{path}: damaged, or no checkpoint of this program ({reason}). {advice}")
 
 def refuse_other_settings(path, saved, cfg):
-    """Raise UserError with a list of the settings in which cfg differs from those of a checkpoint, but for those that may change."""
-    now = {f.name: getattr(cfg, f.name) for f in fields(cfg) if not f.metadata["may_differ"]}
-    word = lambda value: "unset" if value in (None, "", ()) else value
-    differ = [f"--{name} was {word(saved.get(name))}, is {word(value)}" for name, value in now.items() if saved.get(name) != value]
+    """Compare settings with those of a checkpoint. What may differ is said; the rest raises UserError with a
+    list."""
+    differ, changed = [], []
+    for f in fields(cfg):
+        was, now = saved.get(f.name, f.default), getattr(cfg, f.name)   # an old checkpoint may lack some
+        if was != now and was is not MISSING:
+            words = f"--{f.name} was {'unset' if was in (None, '', ()) else was}, is {now}"
+            (changed if f.metadata["may_differ"] else differ).append(words)
     if differ:
         raise UserError(f"{path} is of other settings: {'; '.join(differ)}. Give the same, or another --out")
+    if changed:
+        say(f"resuming {path} with other settings: {'; '.join(changed)}")
 
-def resume(cfg, models, scaler):
-    """Load --out's checkpoint, if there is one -> its step, else 0. Raises UserError if its settings are others."""
-    path = f"{cfg.out}/checkpoint.pth"
-    if not os.path.exists(path):
-        return 0
-    state = read_checkpoint(path)
-    refuse_other_settings(path, state["config"], cfg)
-    for model, state_of_model in zip(models, state["models"]):
-        model.load_state(state_of_model)
-    scaler.load_state_dict(state["scaler"])
-    say(f"resumed {path} at step {state['step']}")
-    return state["step"]
+def find_checkpoint(cfg, n_images):
+    """-> the checkpoint of --out, or None. Raises UserError where it is of other settings, or processes
+    disagree."""
+    path, state = f"{cfg.out}/checkpoint.pth", None
+    if os.path.exists(path):
+        state = read_checkpoint(path)
+        refuse_other_settings(path, state["config"], cfg)
+        if state.get("images", n_images) != n_images:
+            raise UserError(f"{path}: --data {cfg.data} had {state['images']} images, now {n_images}. Give "
+                            f"the same, or another --out")
+    steps = gather(torch.tensor([state["step"] if state else 0]), 1).tolist()
+    if len(set(steps)) > 1:
+        raise UserError(f"--out {cfg.out}: processes find checkpoints of steps {sorted(set(steps))}: all "
+                        f"machines must share this folder")
+    return state
+
+def open_out(cfg):
+    """Make the folder --out and see that log.jsonl can be written, on a line of its own. Raises UserError."""
+    try:
+        os.makedirs(cfg.out, exist_ok=True)
+        with open(f"{cfg.out}/log.jsonl", "ab+") as f:
+            f.seek(max(0, f.tell() - 1))
+            if MAIN and f.read() not in (b"", b"\n"):   # a kill has torn the last line
+                f.write(b"\n")
+    except OSError as error:
+        raise UserError(f"--out {cfg.out}: cannot be written to ({error.strerror}); give another") from error
 
 def read_losses(window, first):
-    """Losses of the steps since the last reading -> their means over steps and processes, by name; here alone does the host wait
-    for the device. Raises UserError where one is not finite."""
-    values = mean_over_processes(torch.stack([torch.stack([*losses.values()]) for losses in window])).cpu()
-    for row in (~values.isfinite()).any(1).nonzero()[:1, 0].tolist():
-        names = ", ".join(name for name, value in zip(window[0], values[row]) if not value.isfinite())
-        raise UserError(f"step {first + row}: {names} not finite. The last good checkpoint is kept. Lower the learning rates, raise "
-                   f"--warmup_epochs or --freeze_last_layer, or use --dtype fp32", code=1)
+    """Losses of the steps from `first` on -> their means over steps and processes, by name. Only here the
+    host waits for the device. Raises UserError where one is not finite."""
+    values = torch.stack([torch.stack(list(losses.values())) for losses in window])
+    values = mean_over_processes(values).cpu()
+    finite = values.isfinite().all(1).tolist()
+    if not all(finite):
+        row = finite.index(False)
+        names = [name for name, value in zip(window[0], values[row]) if not value.isfinite()]
+        raise UserError(f"step {first + row}: {', '.join(names)} not finite. {ADVICE}", code=1)
     return dict(zip(window[0], values.mean(0).tolist()))
+
+def entropy(p):
+    return torch.special.entr(p).sum(-1)
 
 @torch.no_grad()
 def target_statistics(logits, models, now):
-    """Of each momentum head on this batch: the mean entropy of its targets, and their spread (entropy of the mean target less
-    mean entropy). A head without spread says the same of every image: it has collapsed, which no loss shows."""
-    stats, entropy = {}, lambda p: torch.special.entr(p).sum(-1)
-    for name, t in ((name, t) for name, t in logits.items() if t is not None):
-        model = models[int(name[1]) - 1]
-        p = target(t, model.C_m if name[0] == "m" else model.C_t, model.temp(now)).flatten(0, 1)
-        stats |= {f"entropy_{name}": entropy(p).mean(), f"spread_{name}": entropy(p.mean(0)) - entropy(p).mean()}
-    return dict(zip(stats, torch.stack([*stats.values()]).tolist()))
+    """Of each momentum head on this batch, in nats: the mean entropy of its targets, and their spread
+    (entropy of the mean target less mean entropy). A head without spread says the same of every image: it has
+    collapsed, which no loss shows."""
+    stats = {}
+    for m in models:
+        for head, center in (("m", m.C_m), ("t", m.C_t)):
+            t = logits[f"{head}{m.i}"]
+            if t is not None:
+                p = target(t, center, m.temp(now)).flatten(0, 1)
+                stats[f"entropy_{head}{m.i}"] = entropy(p).mean()
+                stats[f"spread_{head}{m.i}"] = entropy(p.mean(0)) - entropy(p).mean()
+    return dict(zip(stats, mean_over_processes(torch.stack(list(stats.values()))).tolist()))
 
 def memory_gb(device):
     """Peak memory of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     import resource   # which Windows lacks
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 def show(record, last=True):
-    """Print a record as a line; on a terminal the next overwrites it unless it is the last."""
-    line = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"step {v}/{record['steps']}" if k == "step" else f"{k} {v}"
-                     for k, v in record.items() if not k.startswith(("entropy", "spread", "steps")) and not isinstance(v, dict))
-    terminal = sys.stdout.isatty()
-    if MAIN:
-        print(("\r\033[K" if terminal else "") + line, end="" if terminal and not last else "\n", flush=True)
+    """Print a record as a line. On a terminal the next overwrites it, unless it is the last."""
+    words = []
+    for name, value in record.items():
+        if name == "step":
+            words.append(f"step {value}/{record['steps']}")
+        elif not name.startswith(("entropy", "spread", "steps")) and not isinstance(value, dict):
+            words.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+    if MAIN and sys.stdout.isatty():
+        print("\r\033[K" + "  ".join(words), end="\n" if last else "", flush=True)
+    else:
+        say("  ".join(words))
 
 def log(cfg, record, last=True):
     """Append a record to log.jsonl, and show it."""
@@ -1119,230 +1300,241 @@ def log(cfg, record, last=True):
         warn(f"--out {cfg.out}: log.jsonl could not be written ({error})")
     show(record, last)
 
-# ----------------------------------------------------------------------------------------------------------- training
-def train(cfg, models, images, val, device, rank, world):
-    """Train to the end, from --out's checkpoint if there is one. Raises UserError, on a signal after writing one."""
-    scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16")
-    first = step = since = resume(cfg, models, scaler)
-    per_epoch = len(images) // cfg.batch_size
+# --------------------------------------------------------------------------------------------------- training
+def train(cfg, models, images, val, state, device, rank, world):
+    """Train to the end, from the checkpoint `state` if there is one. Raises UserError, on a signal after
+    saving."""
+    scaler, step = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16"), 0
+    if state:
+        try:
+            for m in models:
+                m.load_state(state[f"model{m.i}"])
+            if scaler.is_enabled() and state["scaler"]:
+                scaler.load_state_dict(state["scaler"])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{cfg.out}/checkpoint.pth does not fit ({error}); give another --out") from error
+        step = state["step"]
+        say(f"resumed {cfg.out}/checkpoint.pth at step {step}")
+    first, per_epoch = step, len(images) // cfg.batch_size
     steps, save_every = cfg.epochs * per_epoch, cfg.save_every or per_epoch
-    caught, bad, window, start = set(), set(), [], time.time()
-    clock, stops = start, (signal.SIGTERM, signal.SIGINT)
-    for s in stops:
-        signal.signal(s, lambda number, frame: caught.add(number))
+    watch, window, start = Watch(images, cfg.data), [], time.time()
+    clock = start
+
+    def log_knn():   # after the last step of every knn_every epochs
+        if cfg.knn_every and step and step % (cfg.knn_every * per_epoch) == 0:
+            knn1, knn2 = knn_accuracy([m.n_.backbone for m in models], images, val, cfg, device, rank, world)
+            log(cfg, dict(epoch=step // per_epoch - 1, knn1=knn1, knn2=knn2))
+    log_knn()   # once more on resuming, as a kill may have lost it
+
     keys = batches(len(images), cfg, first, rank, world)
     for crops in make_loader(MultiCrop(images, cfg), device, cfg.workers, batch_sampler=keys):
         now = schedule(cfg, step, per_epoch)
-        losses, logits = train_step(*models, make_views(crops, cfg, device, step, rank, world), cfg, now, scaler)
+        x = make_views(crops, cfg, device, step, rank, world)
+        losses, logits = train_step(*models, x, cfg, now, scaler)
         window.append(losses)
         step += 1
 
-        for index in {*crops[2].tolist()} - {-1} - bad:
-            bad.add(index)
-            warn(f"skipped {name_of(images, index)}: not a readable image")
-        flags = torch.tensor([len(bad), *(s in caught for s in stops)])   # on the CPU: no GPU is waited for
-        if world > 1:   # all processes stop at one step
-            dist.all_reduce(flags)
-        unreadable, *stopped = flags.tolist()
-        if unreadable > 0.01 * len(images):
-            raise UserError(f"--data {cfg.data}: {unreadable} of {len(images)} images cannot be read, more than 1 %: mend or remove "
-                       f"those named above", code=1)
-
-        end_of_epoch = step % per_epoch == 0
-        logging = step % cfg.log_every == 0 or step == steps
-        saving = any(stopped) or step % save_every == 0 or step == steps
-        if logging or saving:
-            means, seconds, n = read_losses(window, since), time.time() - clock, len(window)
-            window, since, clock = [], step, time.time()
+        # Decide what this step ends with. A signal ends the run, after a checkpoint.
+        number = watch.after_step(crops[2].tolist(), crops[3])
+        end_of_epoch, logging = step % per_epoch == 0, step % cfg.log_every == 0 or step == steps
+        saving = number or step % save_every == 0 or step == steps
+        if logging or saving:   # what is not finite is noticed here, before it is saved
+            means, seconds, n = read_losses(window, step - len(window)), time.time() - clock, len(window)
+            window, clock = [], time.time()
         if logging:
             record = dict(epoch=now.epoch, step=step, steps=steps)
-            record |= {name: mean for name, mean in means.items() if name[:2] not in {"sm", "cm", "st", "ct"} - {*cfg.losses.split(",")}}
-            record |= {f"lr{m.i}": m.optimizers[0].param_groups[0]["lr"] for m in models}
+            left_out = {"sm", "cm", "st", "ct"} - loss_names(cfg)
+            record |= {name: mean for name, mean in means.items() if name[:2] not in left_out}
+            record |= {f"lr{m.i}": now.lr[m.family] for m in models}
             record |= {"images/s": cfg.batch_size * n / seconds, "GB": memory_gb(device),
                        "minutes_left": (clock - start) / (step - first) * (steps - step) / 60}
-            record |= target_statistics(logits, models, now)
-            log(cfg, record, last=end_of_epoch)
-            flat = [name[7:] for name, v in record.items() if name.startswith("spread") and v < 0.01 * math.log(cfg.out_dim)]
-            if flat and step > steps / 4:   # earlier, targets may be uniform and yet part later
-                warn(f"collapse? The targets of {', '.join(flat)} hardly differ between images (entropy and spread in log.jsonl): "
-                     f"try a lower --teacher_temp, lower learning rates, a higher --ema, or --t_norm on for a T-Head")
+            stats = target_statistics(logits, models, now)
+            log(cfg, record | stats, last=end_of_epoch)
+            if step > steps / 4:   # earlier, targets may be uniform and yet part later
+                report_collapse(stats, cfg)
+            if scaler.is_enabled() and scaler.get_scale() < 1e-3:
+                warn("fp16 skips every step, as gradients overflow: use --dtype fp32, or lower rates")
         if saving:
-            failed = save(cfg, models, step, scaler)
-            if failed and (any(stopped) or step == steps):
-                raise UserError(f"{failed} and start again", code=1)
-            if failed:
-                warn(f"{failed}; training goes on")
-        if any(stopped):
-            number = stops[0] if stopped[0] else stops[1]
-            raise UserError(f"stopped by {number.name} after step {step}; the same command goes on from there", code=128 + number)
-        if cfg.knn_every and end_of_epoch and (now.epoch + 1) % cfg.knn_every == 0:
-            knn = knn_accuracy([m.momentum_net.backbone for m in models], images, val, cfg, device, rank, world)
-            log(cfg, dict(epoch=now.epoch, knn1=knn[0], knn2=knn[1]))
+            try:
+                save(cfg, models, step, scaler, len(images))
+            except OSError as error:
+                if number or step == steps:
+                    raise UserError(f"--out {cfg.out}: {error}; make room and start again", 1) from error
+                warn(f"--out {cfg.out}: {error}; make room there; training goes on")
+        if number:
+            raise UserError(f"stopped by {number.name} after step {step}; the same command goes on there",
+                            code=128 + number)
+        log_knn()
+        if end_of_epoch:
             clock = time.time()
+    watch.end()
 
-PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "A10": 125, "L4": 121,
-               "4090": 165, "3090": 71, "V100": 125, "T4": 65}   # dense 16-bit matrix products, by the makers' data sheets
+def report_collapse(stats, cfg):
+    flat = [name.removeprefix("spread_") for name, value in stats.items()
+            if name.startswith("spread") and value < 0.01 * math.log(cfg.out_dim)]
+    if flat:
+        warn(f"collapse? The targets of {', '.join(flat)} hardly differ between images (entropy and spread "
+             f"in log.jsonl): try a lower --teacher_temp, lower learning rates, a higher --ema, or --t_norm")
 
-def time_loader(cfg, images, n=64):
-    """-> CPU time (ms) in which one core decodes an image, and in which it cuts its crops."""
-    crops, threads, times = MultiCrop(images, cfg), torch.get_num_threads(), []
-    torch.set_num_threads(1)   # as in a worker
-    for work in (lambda i: to_rgb(images[i][0]), lambda i: crops[0, i]):
-        start = time.process_time()
-        for i in range(n):
-            work(i % len(images))
-        times.append(1000 * (time.process_time() - start) / n)
-    torch.set_num_threads(threads)
-    return times[0], times[1] - times[0]
+# --------------------------------------------------------------------------------------------------- toy data
+def turn(u, v, angle):
+    return angle.cos() * u + angle.sin() * v, angle.cos() * v - angle.sin() * u
 
-def benchmark(cfg, models, images, device, rank, world):
-    """Time --benchmark steps, first on one batch that stays on the device, then through the loader, and print the parts; then where
-    the FLOPs of a step go, and what a loader's worker takes for an image."""
-    n, now, parts, clock = cfg.benchmark, schedule(cfg, 0, 10 ** 6), {}, [0.0]
-    scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16")
-    def tick(part):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        parts[part] = parts.get(part, 0.0) + time.perf_counter() - clock[0]
-        clock[0] = time.perf_counter()
-    def step(source, tick):
-        crops = next(source)
-        tick("waiting for data")
-        x = make_views(crops, cfg, device, 0, rank, world)
-        tick("augment")
-        train_step(*models, x, cfg, now, scaler, tick)
-    long = copy.copy(cfg)
-    long.epochs = (n + 9) * cfg.batch_size // len(images) + 2
-    keys = batches(len(images), long, 0, rank, world)
-    loaded = iter(make_loader(MultiCrop(images, cfg), device, cfg.workers, batch_sampler=keys))
-    kept = [c.to(device) for c in next(loaded)]
-    for name, source in (("one batch kept on the device", iter(lambda: kept, None)), ("through the loader", loaded)):
-        for i in range(3 + n):
-            if i == 3:   # the first steps allocate, tune and compile
-                parts.clear()
-                start = clock[0] = time.perf_counter()
-            step(source, tick)
-        seconds = (time.perf_counter() - start) / n
-        say(f"{name}: {cfg.batch_size / seconds:.1f} images/s, {1000 * seconds:.1f} ms a step: "
-            + ", ".join(f"{part} {1000 * s / n:.1f}" for part, s in parts.items()))
-    memory = memory_gb(device)
+def outside(shape, u, v):
+    """How far points (u, v) lie outside of one of the toy's eight shapes, all of one area; negative
+    inside."""
+    r = torch.hypot(u, v)
+    shapes = [r - 0.7,                                                   # disk
+              (r - 0.75).abs() - 0.15,                                   # ring
+              torch.maximum(u.abs() - 0.4, v.abs() - 1),                 # bar
+              torch.minimum(u.abs(), v.abs()) - 0.19,                    # cross
+              (u.abs() - 0.6).abs() - 0.17,                              # two bars
+              torch.maximum(v, 0.87 * u.abs() - 0.5 * v) - 0.54,         # triangle
+              torch.maximum(r - 1.02, u),                                # half disk
+              torch.maximum(r - 1.05, 3 * u * v)]                        # bow tie
+    return shapes[shape]
 
-    flops = {}   # up to the end of a part, or of a part alone: after it less before it
-    with FlopCounterMode(display=False) as counter:
-        def add(part, sign=1):
-            flops[part] = flops.get(part, 0) + sign * counter.get_total_flops() * world / cfg.batch_size / 1e9
-        for m in models:
-            for part, module in dict(students=m.net, backbones=m.net.backbone, heads=m.net.mlp_head, momentum=m.n_).items():
-                module.register_forward_pre_hook(lambda *_, part=part: add(part, -1))
-                module.register_forward_hook(lambda *_, part=part: add(part))
-        step(iter([kept]), add)
-    total, gpu = flops["update"], torch.cuda.get_device_name() if device.type == "cuda" else ""
-    rate = total * cfg.batch_size / seconds / 1000
-    peak = next((f", {100 * rate / v / world:.1f} % of {v} on {world} {gpu}" for k, v in PEAK_TFLOPS.items() if k in gpu), "")
-    say(f"GFLOP an image: {total:.2f}: students {flops['students']:.2f} (backbones {flops['backbones']:.2f}, MLP-Heads "
-        f"{flops['heads']:.2f}, T-Heads {flops['students'] - flops['backbones'] - flops['heads']:.2f}), momentum nets "
-        f"{flops['momentum']:.2f}, search {flops['forward'] - flops['augment'] - flops['students'] - flops['momentum']:.2f}, backward "
-        f"{flops['backward'] - flops['loss']:.2f}; {rate:.2f} TFLOP/s through the loader{peak}; peak memory {memory:.2f} GB")
-    say("CPU time of a loader's worker for an image, ms: decode {:.2f}, crop {:.2f}".format(*time_loader(cfg, images)))
+def draw_toy(n, seed, size=48, cells=16):
+    """The built-in data: images (n, 3, size, size) uint8 and labels (n,). The class of an image is a shape,
+    which it repeats on a turned grid. Each copy has a color, ground, size and angle of its own, so that
+    pixels and colors say little about the class."""
+    g, grid, labels = generator("toy", seed), torch.arange(size) - size / 2, torch.arange(n) % 8
+    images = torch.empty(n, 3, size, size, dtype=torch.uint8)
+    for shape in range(8):
+        rows = (labels == shape).nonzero().flatten()
 
-def preview(cfg, images, device):
-    """Write the views of the first images to a PNG, a row an image, as the networks get them."""
-    n = cfg.batch_size = min(6, len(images))
-    crops = torch.utils.data.default_collate([MultiCrop(images, cfg)[0, i] for i in range(n)])
-    (mean, std), columns = mean_and_std(torch.device("cpu")), []
-    for x in make_views(crops, cfg, device, 0):
-        x = (x.cpu() * std + mean).unflatten(0, (-1, n))
-        columns += [*F.pad(x, [0, max(0, cfg.global_size - x.shape[-1])] * 2)[..., :cfg.global_size, :cfg.global_size]]
-    try:
-        torchvision.utils.save_image(torch.stack(columns, 1).flatten(0, 1), cfg.preview, nrow=len(columns))
-    except OSError as error:
-        raise UserError(f"--preview {cfg.preview}: {error}") from error
-    say(f"wrote {cfg.preview}: {n} images, a row each: 2 global and {cfg.local_crops} local views")
+        def rand(*dims):
+            return torch.rand(len(rows), *dims, generator=g)
+        angle, period = 2 * math.pi * rand(1, 1), 8 + 3 * rand(1, 1)
+        u, v = turn(grid, grid[:, None], angle)
+        u, v = u / period + rand(1, 1) + cells / 2, v / period + rand(1, 1) + cells / 2
+        cell = (u.floor() * cells + v.floor()).long().view(len(rows), 1, -1)
 
-# --------------------------------------------------------------------------------------------------------------- main
-def build_models(cfg, device, world=1):
-    """-> [Model, Model]. Each has its own seed, so neither depends on its partner. Fills in the settings that depend on the
-    backbones: lambda1 and lambda2 (4.5, A.1) and t_dim 0."""
-    backbones = []
-    for i in "12":
-        torch.manual_seed(seed_of(cfg.seed, "backbone", i))
-        backbones.append(build_backbone(
-            getattr(cfg, f"arch{i}"), getattr(cfg, f"model_kwargs{i}"), cfg.patch_size, cfg.vit_pool,
-            (cfg.global_size, cfg.local_size)[:2 if cfg.local_crops else 1], cfg.drop_path, f"--arch{i}"))
-        if getattr(cfg, f"init{i}"):
-            load_backbone(backbones[-1], getattr(cfg, f"init{i}"), f"--init{i}")
-    mixed = backbones[0].family != backbones[1].family
-    size = [sum(p.numel() for p in b.parameters()) for b in backbones]
-    for i, b in enumerate(backbones):
-        smaller = b.family == "vit" if cfg.recipe == "release" and mixed else size[i] < size[1 - i]
-        if getattr(cfg, f"lambda{i + 1}") is None:
-            setattr(cfg, f"lambda{i + 1}", 0.1 if smaller else 1.0)
+        def rand_of_copy(k):   # k numbers for each copy, at all of its pixels
+            return rand(k, cells ** 2).gather(2, cell.expand(-1, k, -1)).unflatten(2, (size, size))
+        angle, radius = rand_of_copy(2).unbind(1)
+        color, ground, radius = 0.6 + 0.4 * rand_of_copy(3), 0.3 * rand_of_copy(3), 0.38 + 0.12 * radius
+        u, v = turn((u % 1 - 0.5) / radius, (v % 1 - 0.5) / radius, 2 * math.pi * angle)
+        distance = torch.maximum(outside(shape, u, v), torch.maximum(u.abs(), v.abs()) - 1.1)
+        inside = torch.sigmoid(-6 * distance)[:, None]
+        images[rows] = (255 * torch.lerp(ground, color, inside)).to(torch.uint8)
+    return images, labels
+
+# ------------------------------------------------------------------------------------------------------- main
+def fill_in(cfg, backbones, device, world):
+    """Fill in the settings that depend on the machine and on the backbones. Raises UserError."""
+    fill_in_machine(cfg, device, world)
+    cfg.out = cfg.out or f"runs/{cfg.arch1}-{cfg.arch2}"
+    families = [b.family for b in backbones]
+    sizes = [sum(p.numel() for p in b.parameters()) for b in backbones]
+    if cfg.recipe == "release" and families[0] != families[1]:
+        sizes = [1 if family == "cnn" else 0 for family in families]   # it treats the ViT as the smaller
+    if cfg.lambda1 is None:
+        cfg.lambda1 = 0.1 if sizes[0] < sizes[1] else 1.0
+    if cfg.lambda2 is None:
+        cfg.lambda2 = 0.1 if sizes[1] < sizes[0] else 1.0
     if not cfg.t_dim:
-        cfg.t_dim = next((b.dim for b in backbones if b.family == "vit" and mixed), 384)
+        cfg.t_dim = 384
+        if families[0] != families[1]:
+            cfg.t_dim = backbones[families.index("vit")].dim
         check(cfg)
-    return [Model(cfg, i, b, device, world) for i, b in enumerate(backbones, 1)]
 
-class Pixels(nn.Module):   # the demo's baseline
+def build_models(cfg, device, world=1):
+    """-> [Model, Model]. Each has its own seed, so neither depends on its partner. Fills in cfg."""
+    backbones, sizes = [], [cfg.global_size, cfg.local_size] if cfg.local_crops else [cfg.global_size]
+    for i in "12":
+        arch, kwargs, init = [getattr(cfg, name + i) for name in ("arch", "model_kwargs", "init")]
+        torch.manual_seed(seed_of(cfg.seed, "backbone", i))
+        backbone = build_backbone(arch, kwargs, cfg.patch_size, cfg.vit_pool, sizes, cfg.drop_path,
+                                  "--arch" + i)
+        if cfg.recipe == "release" and hasattr(backbone.model, "cls_token"):
+            nn.init.trunc_normal_(backbone.model.cls_token, std=0.02)
+        if init:
+            load_backbone(backbone, init, f"--init{i}")
+        backbones.append(backbone)
+    fill_in(cfg, backbones, device, world)
+    return [Model(cfg, i, backbone, device, world) for i, backbone in enumerate(backbones, 1)]
+
+class Pixels(nn.Module):
+    """Raw pixels as features: the demo's baseline."""
     def forward(self, x):
         return x.flatten(1), None
 
+def refuse_unlike_classes(train, val, data):
+    """Raise UserError unless val has labels, and the same class folders as train."""
+    if val is None:
+        raise UserError(f"--knn_every: --data {data} has no val/ with class folders to classify")
+    odd = sorted(set(getattr(train, "classes", ())) ^ set(getattr(val, "classes", ())))
+    if odd:
+        raise UserError(f"--data {data}: train/ and val/ must have the same class folders; {odd[0]} is in "
+                        f"one alone ({len(odd)} such)")
+
 def run(cfg):
     device, rank, world = join_processes()
-    fill_in_machine(cfg, device, world)
     images, val = get_data(cfg)
-    if cfg.preview:
-        return preview(cfg, images, device)
     if len(images) < cfg.batch_size:
-        raise UserError(f"--batch_size {cfg.batch_size}: --data {cfg.data} has only {len(images)} images; lower it")
-    if val is None and (cfg.knn_every or cfg.demo):
-        raise UserError(f"--knn_every: --data {cfg.data} has no val/ with class folders to classify")
+        raise UserError(f"--batch_size {cfg.batch_size}: --data {cfg.data} has {len(images)} images")
+    if cfg.knn_every or cfg.demo:
+        refuse_unlike_classes(images, val, cfg.data)
     models = build_models(cfg, device, world)
+    backbones = [m.n_.backbone for m in models]
     for m in models:
-        size, whole = (sum(p.numel() for p in net.parameters()) / 1e6 for net in (m.net.backbone, m.net))
-        say(f"model {m.i}: {getattr(cfg, f'arch{m.i}')}, {size:.1f} M parameters, heads {whole - size:.1f} M; treated as a "
-            f"{dict(cnn='CNN', vit='ViT')[m.family]}; lambda{m.i} = {getattr(cfg, f'lambda{m.i}'):g}")
-    say(f"{len(images):,} images; {world} process{'es' * (world > 1)} on {device.type}, {cfg.dtype}")
-    if cfg.benchmark:
-        return benchmark(cfg, models, images, device, rank, world)
-    try:
-        os.makedirs(cfg.out, exist_ok=True)
-        open(f"{cfg.out}/log.jsonl", "a").close()
-    except OSError as error:
-        raise UserError(f"--out {cfg.out}: cannot be written to ({error.strerror}); give another folder") from error
-
-    backbones = [m.momentum_net.backbone for m in models]
-    knn = functools.partial(knn_accuracy, train=images, val=val, cfg=cfg, device=device, rank=rank, world=world)
+        size, whole = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (m.net.backbone, m.net)]
+        arch, weight = getattr(cfg, f"arch{m.i}"), getattr(cfg, f"lambda{m.i}")
+        say(f"model {m.i}: {arch}, {size:.1f} M parameters, heads {whole - size:.1f} M; treated as a "
+            f"{dict(cnn='CNN', vit='ViT')[m.family]}; lambda{m.i} = {weight:g}")
+    say(f"{len(images):,} images; processes: {world}, on {device.type}, {cfg.dtype}")
+    open_out(cfg)
+    state = find_checkpoint(cfg, len(images))
     if cfg.demo:
-        if os.path.exists(f"{cfg.out}/checkpoint.pth"):
-            refuse_other_settings(f"{cfg.out}/checkpoint.pth", read_checkpoint(f"{cfg.out}/checkpoint.pth")["config"], cfg)
         say("k-NN on raw pixels and with the untrained nets ...")
-        before = knn([Pixels(), *backbones])
-    train(cfg, models, images, val, device, rank, world)
+        before = knn_accuracy([Pixels(), *backbones], images, val, cfg, device, rank, world)
+    train(cfg, models, images, val, state, device, rank, world)
     if cfg.demo:
-        after = knn(backbones)
+        after = knn_accuracy(backbones, images, val, cfg, device, rank, world)
         say(f"\nk-NN top-1 on {cfg.data}, %{'before':>12}{'after':>8}\nraw pixels{before[0]:>20.1f}")
-        for i, arch in enumerate((cfg.arch1, cfg.arch2)):
-            say(f"{arch:18}{before[1 + i]:>12.1f}{after[i]:>8.1f}")
-    for m in models:
-        b = m.net.backbone
-        kwargs = "".join(f", {k}={v!r}" for k, v in b.timm_kwargs.items())
-        say(f"timm.create_model({b.timm_name!r}, num_classes=0{kwargs}, checkpoint_path='{cfg.out}/model{m.i}.pth')")
+        say(f"{cfg.arch1:18}{before[1]:>12.1f}{after[0]:>8.1f}")
+        say(f"{cfg.arch2:18}{before[2]:>12.1f}{after[1]:>8.1f}")
+    for i, b in enumerate(backbones, 1):   # how to load what came out
+        kwargs = "".join(f", {name}={value!r}" for name, value in b.timm_kwargs.items())
+        file = f"{cfg.out}/model{i}.pth"
+        say(f"timm.create_model({b.timm_name!r}, num_classes=0{kwargs}, checkpoint_path={file!r})")
+
+def sentence_for(error):
+    """What a failure of the machine means to the user. None: only a traceback tells."""
+    text = str(error)
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return ("out of GPU memory: lower --batch_size or use more GPUs; in training also "
+                "--grad_checkpointing, fewer --local_crops, a lower --out_dim")
+    if "DataLoader worker" in text and ("killed" in text or "exited" in text):
+        return f"a loader process is gone, perhaps because memory ran out: try fewer --workers ({text})"
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return "out of memory: lower --batch_size, --workers or --out_dim"
+    return None
 
 def main(argv=None, program="mokd.py", parse=parse_args, run=run):
-    """Run a program of this project -> its exit code. What stops it is one sentence, not a traceback."""
+    """Run a program of this project -> its exit code. What stops it is one sentence, and no process outlives
+    it."""
     try:
         run(parse(argv))
-    except UserError as stop:
-        if MAIN or stop.code == 1:
-            warn(f"{program}: {stop}")
-        return stop.code
-    except torch.cuda.OutOfMemoryError:
-        warn(f"{program}: out of GPU memory: lower --batch_size (training also: --local_crops, --out_dim), or use more GPUs")
+        return 0
+    except UserError as error:
+        if MAIN or error.code == 1:
+            warn(f"{program}: {error}")
+        return error.code
+    except KeyboardInterrupt:
+        warn(f"{program}: stopped by SIGINT")
+        return 130
+    except Exception as error:
+        if sentence_for(error) is None:
+            raise
+        warn(f"{program}: {sentence_for(error)}")
         return 1
     finally:
+        for worker in multiprocessing.active_children():   # they ignore Python's SIGTERM
+            worker.kill()
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
 
 if __name__ == "__main__":
     sys.exit(main())

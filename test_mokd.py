@@ -42,6 +42,7 @@ SMALL = ("--data toy --out_dim 32 --hidden_dim 16 --bottleneck_dim 8 --t_dim 24 
          "--local_size 16 --local_crops 2 --batch_size 8 --epochs 1 --warmup_epochs 0 --teacher_temp_epochs 1 --workers 0 "
          "--freeze_last_layer 0 --cnn_lr 1 --vit_lr 0.03 --blur 0.1 0.5").split()
 PAIR = ["--arch1", "resnet18", "--model_kwargs1", *CNN, "--arch2", "vit_tiny", "--model_kwargs2", *VIT]
+VITS = ["--arch1", "vit_tiny", "--model_kwargs1", *VIT[:2], "embed_dim=32", *VIT[3:]]   # no batch norm in this pair
 TIMED = pytest.mark.skipif("MOKD_TIMING" not in os.environ, reason="takes minutes: MOKD_TIMING=1 runs it")
 
 
@@ -76,10 +77,17 @@ def gradients_of_step(cfg, models, x, now, scaler=None):
     """Run a step -> losses, the gradients it had before clipping, by (model, name)."""
     grads = {}
 
-    def tick(part):
-        if part == "backward":
-            grads.update({(m.i, k): p.grad.clone() for m in models for k, p in m.net.named_parameters() if p.grad is not None})
-    losses, _ = mokd.train_step(*models, x, cfg, now, scaler, tick)
+    def recorded(model, update):
+        for k, p in model.net.named_parameters():
+            if p.grad is not None:
+                grads[model.i, k] = p.grad.clone()
+        return update
+    updates = [m.update for m in models]
+    for m, update in zip(models, updates):
+        m.update = lambda now, scaler, m=m, update=update: recorded(m, update)(now, scaler)
+    losses, _ = mokd.train_step(*models, x, cfg, now, scaler)
+    for m in models:
+        del m.update
     return losses, grads
 
 
@@ -136,7 +144,7 @@ def released():
             for which in ("local", "global"):
                 pairs = mokd.search_pairs(2 + L, which)
                 outputs[f"search{i}_{which}"] = mokd.search(t_, query, outputs[f"Z{i}_"], pairs).flatten(0, 1)
-    now = mokd.Now(0, 1, 0, 0, 1.0, temp, temp)
+    now = mokd.Now(0, 0, 1.0, temp, temp, dict(cnn=0.0, vit=0.0), dict(cnn=0.0, vit=0.0))
     losses, grads = gradients_of_step(cfg, models, x, now)
     return d, cfg, models, outputs, losses, grads
 
@@ -196,15 +204,28 @@ def naive_H(t, s, c, tau_t, tau_s):
     return -(torch.softmax((t - c) / tau_t, -1).detach() * torch.log_softmax(s / tau_s, -1)).sum(-1).mean()
 
 
+def naive_bicubic(n, side, scale):
+    """Weights (side, n) of cubic convolution (Keys, a = -0.75) from n points to `side`, where output i lies at input
+    (i + 0.5) / scale - 0.5; points beyond the edge are those at the edge. Not antialiased."""
+    W = torch.zeros(side, n)
+    for i in range(side):
+        x = (i + 0.5) / scale - 0.5
+        for k in range(math.floor(x) - 1, math.floor(x) + 3):
+            d = abs(x - k)
+            w = 1.25 * d ** 3 - 2.25 * d ** 2 + 1 if d <= 1 else -0.75 * d ** 3 + 3.75 * d ** 2 - 6 * d + 3 if d < 2 else 0
+            W[i, min(max(k, 0), n - 1)] += w
+    return W
+
+
 def naive_t_head(head, Z, query=None):
     """T-Head by elementary operations on one view's tokens."""
     w = dict(head.named_parameters())
     x = Z @ w["embed.weight"].T + w["embed.bias"] if "embed.weight" in w else Z
     pos = w["pos"]
     if pos.shape[1] != x.shape[1]:
-        a, b = math.isqrt(pos.shape[1]), math.isqrt(x.shape[1])
-        pos = F.interpolate(pos.view(1, a, a, -1).permute(0, 3, 1, 2), size=(b, b), mode="bicubic", align_corners=False)
-        pos = pos.permute(0, 2, 3, 1).reshape(1, b * b, -1)
+        n, side = math.isqrt(pos.shape[1]), math.isqrt(x.shape[1])
+        W = naive_bicubic(n, side, (side + 0.1) / n if head.release else side / n)
+        pos = torch.einsum("ai,bj,ijc->abc", W, W, pos.view(n, n, -1)).reshape(1, side * side, -1)
     x = x + pos
     if query is not None:
         x = torch.cat([query[:, None], x], 1)
@@ -224,7 +245,7 @@ def naive_t_head(head, Z, query=None):
         x = x + linear(y * 0.5 * (1 + torch.erf(y / math.sqrt(2))), b + "mlp.fc2")
     x = norm(x, "norm")
     x = (x if query is None else x[:, 1:]).mean(1)
-    if head.l2:
+    if head.l2_normalize:
         x = x / x.norm(dim=-1, keepdim=True)
     g, v = w["last.parametrizations.weight.original0"], w["last.parametrizations.weight.original1"]
     return x @ (g * v / v.norm(dim=1, keepdim=True)).T
@@ -329,7 +350,7 @@ def test_step_equals_a_naive_transcription_of_algorithm_1(variant):
 
 def naive_update(m, cfg, now):
     """The first update of SGD with momentum or of AdamW, by its formula, with the paper's learning rates and weight decay."""
-    step, steps, warmup = now.step, now.steps, now.warmup
+    step, steps, warmup = now.step, 10 * cfg.epochs, 10 * cfg.warmup_epochs   # as now_of has it
     cosine = lambda a, b: b + (a - b) * 0.5 * (1 + math.cos(math.pi * step / steps))
     assert warmup == 0
     for k, p in m.net.named_parameters():
@@ -338,7 +359,9 @@ def naive_update(m, cfg, now):
         head = k.startswith("t_head")
         vit = m.family == "vit" or head
         lr = cosine((cfg.vit_lr if vit else cfg.cnn_lr) * cfg.batch_size / 256, cfg.vit_lr_end if vit else cfg.cnn_lr_end)
-        wd = 0 if p.dim() == 1 else cfg.cnn_wd if not vit else cosine(cfg.vit_wd, cfg.vit_wd if cfg.wd_end is None else cfg.wd_end)
+        wd = cfg.cnn_wd if not vit else cosine(cfg.vit_wd, cfg.vit_wd if cfg.wd_end is None else cfg.wd_end)
+        if p.dim() == 1 and not (cfg.recipe == "release" and head and m.family == "cnn"):   # the released code decays those
+            wd = 0
         adamw = m.family == "vit" or (head and cfg.t_optimizer == "adamw")
         with torch.no_grad():
             if adamw:
@@ -356,7 +379,7 @@ def test_losses_store_nothing_but_the_logits(dtype):
     s.requires_grad_()
     held = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x.untyped_storage().data_ptr()) or x, lambda x: x):
-        loss = mokd.multi_crop_H(t, s, torch.randn(1, 1000, generator=g), 0.05, 0.1)
+        loss = mokd.H(t, s, torch.randn(1, 1000, generator=g), 0.05, 0.1)
     assert {*held} == {s.untyped_storage().data_ptr(), t.untyped_storage().data_ptr()}
     (3 * loss).backward()
     assert s.grad.dtype == dtype
@@ -365,7 +388,7 @@ def test_losses_store_nothing_but_the_logits(dtype):
 def test_a_view_without_a_partner_gets_no_gradient():
     s, t = torch.randn(4, 2, 9, requires_grad=True), torch.randn(2, 2, 9)
     pairs = [(0, 1), (1, 3), (0, 3)]
-    loss = mokd.multi_crop_H(t, s, 0.0, 0.05, 0.2, pairs)
+    loss = mokd.H(t, s, 0.0, 0.05, 0.2, pairs)
     expected = sum(naive_H(t[g], s[v], 0.0, 0.05, 0.2) for g, v in pairs) / 3
     assert close(loss, expected, 1e-5)
     ours, theirs = (torch.autograd.grad(x, s)[0] for x in (loss, expected))
@@ -423,9 +446,13 @@ def test_a_worker_takes_a_fraction_of_the_usual_pil_pipelines_time(tmp_path):
         T.RandomApply([T.ColorJitter(*cfg.jitter)], 0.8), T.RandomGrayscale(0.2), T.RandomApply([blur], p),
         T.RandomApply([T.RandomSolarize(128, p=1)], 0.2 * (view == 1)), T.PILToTensor(), T.ToDtype(torch.float32, scale=True),
         T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]) for view, (size, scale, p) in enumerate(views)]
-    ratios = []
+    ratios, crops = [], mokd.MultiCrop(images, cfg)
+    torch.set_num_threads(1)   # as in a worker
     for _ in range(3):
-        ours = sum(mokd.time_loader(cfg, images, 16))
+        start = time.process_time()
+        for i in range(16):
+            crops[0, i % 8]
+        ours = 1000 * (time.process_time() - start) / 16
         start = time.process_time()
         for i in range(16):
             image = Image.open(images.samples[i % 8][0]).convert("RGB")
@@ -454,16 +481,15 @@ def test_no_gradient_reaches_a_momentum_net_a_target_or_a_query():
     real = mokd.search
 
     def spy(t_, query, Z_, pairs):
-        seen.append((query.requires_grad, Z_.requires_grad))
         out = real(t_, query, Z_, pairs)
-        seen.append((out.requires_grad,))
+        seen.append((torch.is_grad_enabled(), Z_.requires_grad, out.requires_grad))   # so a query carries none either
         return out
     mokd.search = spy
     try:
         gradients_of_step(cfg, models, views_of(cfg), now_of(cfg))
     finally:
         mokd.search = real
-    assert len(seen) == 4 and not any(itertools.chain(*seen))
+    assert len(seen) == 2 and not any(itertools.chain(*seen))
     assert all(p.grad is None and not p.requires_grad for m in models for p in m.params_)
     t = torch.randn(4, 5, requires_grad=True)
     assert not mokd.target(t).requires_grad
@@ -496,7 +522,7 @@ def test_without_cross_losses_a_model_does_not_depend_on_its_partner():
                 mokd.train_step(*models, views_of(cfg, step), cfg, now_of(cfg, step))
             weights.append(models[0].state())
     for a, b in ((weights[0], weights[2]), (weights[1], weights[3])):
-        for part in (0, 1):   # student, momentum net with its centers
+        for part in ("net", "momentum_net"):   # with its centers
             assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
 
 
@@ -526,7 +552,7 @@ def test_mlp_head_and_t_norm_logits_are_cosines():
     x = 1000 * torch.randn(5, 9)
     assert mokd.MLPHead(9, 30, 16, 8)(x).abs().max() <= 1 + 1e-5
     Z = 1000 * torch.randn(5, 4, 9)
-    assert mokd.THead(9, 30, 12, 1, 2, 4, norm=True)(Z).abs().max() <= 1 + 1e-5
+    assert mokd.THead(9, 30, 12, 1, 2, 4, l2_normalize=True)(Z).abs().max() <= 1 + 1e-5
     assert mokd.THead(9, 30, 12, 1, 2, 4)(Z).abs().max() > 1
 
 
@@ -573,7 +599,7 @@ def test_last_layers_stand_still_while_frozen():
     for step in range(1, 10):   # epoch 0
         mokd.train_step(*models, views_of(cfg, step), cfg, now_of(cfg, step))
     assert all(still())
-    mokd.train_step(*models, views_of(cfg), cfg, now_of(cfg, 10, 10)._replace(step=10, steps=100, warmup=0))
+    mokd.train_step(*models, views_of(cfg), cfg, mokd.schedule(config("--epochs", 10, "--freeze_last_layer", 1), 10, 10))
     assert not any(s for s, p in zip(still(), (p for m in models for p in m.last_layers)) if p.requires_grad)
 
 
@@ -583,11 +609,12 @@ def test_weight_decay_spares_biases_and_1d_parameters_and_groups_are_complete():
             groups = [g for o in m.optimizers for g in o.param_groups]
             assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in m.params if p.requires_grad)
             for g in groups:
-                assert all((p.dim() <= 1) == (g["wd_ends"] == (0, 0)) for p in g["params"])
+                assert all((p.dim() > 1) == g["decays"] for p in g["params"])
     m = models_of(config("--t_optimizer", "sgd"))[0]
     assert [type(o) for o in m.optimizers] == [torch.optim.SGD]
     t = next(g for g in m.optimizers[0].param_groups if any(p is m.t.pos for p in g["params"]))
-    assert (t["lr_ends"][0], t["wd_ends"]) == (0.03 * 8 / 256, (0.04, 0.04))
+    now = mokd.schedule(m.cfg, 0, 10)
+    assert t["family"] == "vit" and (now.lr["vit"], now.wd["vit"]) == (0.03 * 8 / 256, 0.04)
 
 
 def test_stochastic_depth_is_for_the_student_vit_alone():
@@ -638,7 +665,7 @@ def test_released_t_head_has_the_vits_width():
 
 @pytest.mark.parametrize("flag, value", [
     ("--t_dim", "385"), ("--out_dim", "1"), ("--epochs", "0"), ("--losses", "cm,st"), ("--losses", "sm,xx"), ("--ema", "1.5"),
-    ("--search", "some"), ("--local_scale", "0.5 0.1"), ("--jitter", "0 0 0 0.9"), ("--preview", "x.gif"), ("--batch_size", "x"),
+    ("--search", "some"), ("--local_scale", "0.5 0.1"), ("--jitter", "0 0 0 0.9"), ("--batch_size", "x"),
     ("--model_kwargs1", "depth"), ("--no_such_flag", "1"), ("--warmup_epochs", "101"), ("--t_norm", "maybe"), ("--demos", "on")])
 def test_a_wrong_flag_is_refused_by_name(flag, value, capsys):
     try:
@@ -656,7 +683,7 @@ def test_help_names_every_setting_with_its_source():
         assert f"--{name} " in text
     for group in ("models", "heads", "losses", "views", "data", "optimization", "running"):
         assert f" {group}: " in text
-    assert text.count("[A.1]") > 25 and text.count("[released code]") > 10
+    assert text.count("A.1]") > 15 and text.count("[released code]") > 10 and text.count("[DINO]") > 10
 
 
 # ---------------------------------------------------------------------------------------------------------------- backbones
@@ -745,7 +772,7 @@ def test_weights_load_into_timm_and_torchvision(tmp_path):
     cfg = mokd.parse_args([*SMALL, "--arch1", "resnet18", "--arch2", "vit_tiny", "--model_kwargs2", *VIT, "--out", str(tmp_path)])
     cfg.dtype = "fp32"
     models = models_of(cfg)
-    assert mokd.save(cfg, models, 1, torch.amp.GradScaler(enabled=False)) is None
+    mokd.save(cfg, models, 1, torch.amp.GradScaler(enabled=False), 10)
     x = torch.rand(2, 3, 32, 32)
     expected = [m.momentum_net.backbone.eval().model.forward_features(x) for m in models]
     r = timm.create_model("resnet18", num_classes=0, checkpoint_path=str(tmp_path / "model1.pth")).eval()
@@ -758,8 +785,7 @@ def test_weights_load_into_timm_and_torchvision(tmp_path):
 
 
 @pytest.mark.parametrize("arch, torchvision_name, sizes", [
-    ("resnet18", "resnet18", (64,)), ("efficientnet_b0", "efficientnet_b0", (64,)),
-    ("mobilenetv3_large", "mobilenet_v3_large", (64,)), ("vit_base", "vit_b_16", (224,))])
+    ("resnet18", "resnet18", (64,)), ("resnet50", "resnet50", (64,))])
 def test_init_takes_torchvision_weights(arch, torchvision_name, sizes, tmp_path):
     torch.manual_seed(0)
     theirs = getattr(torchvision.models, torchvision_name)().eval()
@@ -773,14 +799,7 @@ def test_init_takes_torchvision_weights(arch, torchvision_name, sizes, tmp_path)
     mokd.load_backbone(b, tmp_path / "weights.pth", "--init1")
     x = torch.rand(2, 3, sizes[0], sizes[0])
     theirs.requires_grad_(False)
-    if arch == "vit_base":
-        y = torch.cat([theirs.class_token.expand(2, -1, -1), theirs._process_input(x)], 1)
-        expected = theirs.encoder(y)
-    else:
-        expected = (nn.Sequential(*list(theirs.children())[:-2]) if arch == "resnet18" else theirs.features)(x)
-        for ours, there in zip((m for m in b.modules() if isinstance(m, nn.BatchNorm2d)),
-                               (m for m in theirs.modules() if isinstance(m, nn.BatchNorm2d))):
-            ours.eps = there.eps
+    expected = nn.Sequential(*list(theirs.children())[:-2])(x)
     assert torch.allclose(b.model.forward_features(x), expected, atol=1e-3 * float(expected.abs().max()))
 
 
@@ -828,8 +847,10 @@ def folder(tmp_path):
 def test_any_image_becomes_rgb(tmp_path):
     a = picture()
     gray = np.asarray(Image.fromarray(a).convert("L"))
-    files = {"rgb.png": (Image.fromarray(a), a), "gray.png": (Image.fromarray(gray), gray[..., None].repeat(3, 2)),
-             "alpha.png": (Image.fromarray(np.concatenate([a, a[..., :1] // 2 + 100], 2)), a),
+    cover = (a[..., :1] // 2 + 100) / 255
+    floats = Image.fromarray(gray.astype(np.float32) / 255)
+    files = {"float.tiff": (floats, gray[..., None].repeat(3, 2)), "rgb.png": (Image.fromarray(a), a), "gray.png": (Image.fromarray(gray), gray[..., None].repeat(3, 2)),
+             "alpha.png": (Image.fromarray(np.concatenate([a, a[..., :1] // 2 + 100], 2)), a * cover + 255 * (1 - cover)),
              "palette.png": (Image.fromarray(a).quantize(256), a), "16bit.png": (Image.fromarray(gray.astype(np.uint16) * 257),
                                                                                gray[..., None].repeat(3, 2)),
              "cmyk.jpg": (Image.fromarray(a).convert("CMYK"), a), "rgb.webp": (Image.fromarray(a), a), "x.gif": (Image.fromarray(a), a)}
@@ -859,7 +880,7 @@ def test_scales_and_neighbors_are_those_asked_for(monkeypatch):
     seen, ks = [], []
     crop, classify = mokd.MultiCrop.crop, mokd.knn_classify
     monkeypatch.setattr(mokd.MultiCrop, "crop", staticmethod(lambda image, size, scale: seen.append((size, scale)) or crop(image, size, scale)))
-    monkeypatch.setattr(mokd, "knn_classify", lambda b, y, q, k, classes: ks.append(k) or classify(b, y, q, k, classes=classes))
+    monkeypatch.setattr(mokd, "knn_classify", lambda b, y, q, k: ks.append(k) or classify(b, y, q, k))
     toy = torch.utils.data.TensorDataset(*mokd.draw_toy(16, "few"))
     mokd.MultiCrop(toy, cfg)[0, 0]
     assert seen == [(32, (0.7, 0.8))] * 2 + [(16, (0.2, 0.3))] * 2
@@ -992,39 +1013,8 @@ def test_knn_equals_a_double_loop_and_ignores_chunks():
             expected = [0.0] * 4
             for s, label in sorted(similarity, reverse=True)[:k]:
                 expected[label] += math.exp(s / 0.07)
-            assert votes[q].tolist() == pytest.approx(expected, rel=1e-4)
-
-
-
-def test_ties_and_shards_do_not_change_the_vote_and_a_small_bank_is_enough(monkeypatch):
-    """Many neighbors at one distance, with other labels: the lower label comes first, whatever the order of the bank."""
-    g = torch.Generator().manual_seed(0)
-    bank = torch.eye(4)[torch.randint(4, (60,), generator=g)]
-    labels = torch.randint(5, (60,), generator=g)
-    labels[7] = -1                                   # unreadable: does not count
-    queries = torch.eye(4)
-    expected = []
-    for q in queries:
-        ranked = sorted((-float(q @ b), int(y)) for b, y in zip(bank, labels) if y >= 0)[:20]
-        expected.append([(-s, y) for s, y in ranked])
-    for _ in range(3):
-        similarity, neighbors = mokd.nearest(bank, labels, queries, 20)
-        assert [list(zip(s, y)) for s, y in zip(similarity.tolist(), neighbors.tolist())] == expected
-        order = torch.randperm(60, generator=g)
-        bank, labels = bank[order], labels[order]
-    assert mokd.nearest(bank, labels, queries, 500)[0].shape == (4, 59)
-    similarity, _ = mokd.nearest(F.normalize(torch.randn(40, 9, generator=g), dim=1), torch.arange(40), -torch.ones(1, 9) / 3, 40)
-    assert similarity.min() < 0 and similarity[0].tolist() == sorted(similarity[0].tolist(), reverse=True)
-
-
-def test_nearest_of_a_large_bank_takes_seconds():
-    g = torch.Generator().manual_seed(0)
-    bank, queries = (F.normalize(torch.randn(n, 512, generator=g), dim=1).half() for n in (100_000, 2_000))
-    start = time.time()
-    similarity, labels = mokd.nearest(bank, torch.arange(100_000) % 1000, queries, 200)
-    assert time.time() - start < 30                  # under 10 s on two idle cores; a test may run beside others
-    exact = (queries[:50].float() @ bank.float().T).topk(200)
-    assert torch.allclose(similarity[:50], exact.values, atol=1e-6) and (labels[:50] == exact.indices % 1000).float().mean() > 0.999
+            largest = max(s for s, _ in similarity)   # votes are relative to that of the nearest
+            assert votes[q].tolist() == pytest.approx([v / math.exp(largest / 0.07) for v in expected], rel=1e-3, abs=1e-6)
 
 
 def test_features_are_normalised_pooled_representations():
@@ -1068,10 +1058,10 @@ def short(folder):
 def same_weights(a, b):
     a, b = (torch.load(f / "checkpoint.pth", weights_only=True) for f in (a, b))
     assert a["step"] == b["step"]
-    for model in (0, 1):
-        for part in (0, 1):   # student, momentum net with its centers
-            for k, v in a["models"][model][part].items():
-                assert torch.equal(v, b["models"][model][part][k]), (model, part, k)
+    for model in ("model1", "model2"):
+        for part in ("net", "momentum_net"):   # with its centers
+            for k, v in a[model][part].items():
+                assert torch.equal(v, b[model][part][k]), (model, part, k)
 
 
 @pytest.fixture(scope="module")
@@ -1135,7 +1125,7 @@ def test_sigkill_at_a_random_step_then_resume_repeats_the_run(uninterrupted, tmp
 TWO_PROCESSES = """
 import sys, torch, mokd, test_mokd as T
 device, rank, world = mokd.join_processes()
-cfg = T.config("--drop_path", 0, "--batch_size", 64)
+cfg = T.config("--drop_path", 0, "--batch_size", 64, *T.VITS)
 models = mokd.build_models(cfg, device, world)
 mine = lambda v: v.unflatten(0, (-1, 64))[:, rank * 64 // world:(rank + 1) * 64 // world].flatten(0, 1)
 losses, grads = T.gradients_of_step(cfg, models, [mine(v) for v in T.views_of(cfg)], T.now_of(cfg))
@@ -1150,7 +1140,7 @@ if world > 1:
 
 
 def test_a_step_of_two_processes_equals_one_of_one(tmp_path):
-    """Losses, gradients before clipping, batch-norm statistics and centers, with gloo on the CPU."""
+    """Losses, gradients before clipping and centers, with gloo on the CPU, where batch norm is each process's own: two ViTs."""
     script = tmp_path / "step.py"
     script.write_text(TWO_PROCESSES)
     results = []
@@ -1169,7 +1159,7 @@ def test_a_step_of_two_processes_equals_one_of_one(tmp_path):
 def test_a_run_of_two_processes_follows_that_of_one(tmp_path):
     """Through the command line: the first losses agree to rounding, so crops, photometric draws and shares are the same;
     rounding then grows from step to step, as it does between any two machines."""
-    args = ["--drop_path", 0, "--batch_size", 1024, "--log_every", 1, "--knn_every", 1, "--cnn_lr", 0.01, "--vit_lr", 1e-4]
+    args = ["--drop_path", 0, "--batch_size", 1024, "--log_every", 1, "--knn_every", 1, "--vit_lr", 1e-4, *VITS]
     results = [run(tmp_path / str(n), *args, nproc=n) for n in (0, 2)]
     assert [r[0] for r in results] == [0, 0], results[1][2]
     logs = [[json.loads(line) for line in open(tmp_path / str(n) / "log.jsonl")] for n in (0, 2)]
@@ -1262,7 +1252,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     models = models_of(cfg)
     models[1].net.mlp_head.mlp[0].weight.data[0, 0] = math.nan
     with pytest.raises(mokd.UserError, match="model 2"):
-        mokd.save(cfg, models, 5, torch.amp.GradScaler(enabled=False))
+        mokd.save(cfg, models, 5, torch.amp.GradScaler(enabled=False), 10)
     assert not list(tmp_path.iterdir())
 
 
@@ -1308,13 +1298,6 @@ def test_target_statistics_are_entropy_and_mutual_information():
     stats = mokd.target_statistics(dict(m1=sure, t1=torch.zeros(2, 4, 32), m2=None, t2=None), models, now_of(cfg))
     assert stats["entropy_m1"] == pytest.approx(0, abs=1e-5) and stats["spread_m1"] == pytest.approx(math.log(4), rel=1e-5)
     assert stats["entropy_t1"] == pytest.approx(math.log(32), rel=1e-5) and stats["spread_t1"] == pytest.approx(0, abs=1e-5)
-
-
-def test_preview_shows_every_view(folder, tmp_path, capsys):
-    assert mokd.main([*SMALL, *PAIR, "--data", str(folder), "--preview", str(tmp_path / "p.png")]) == 0
-    image = np.asarray(Image.open(tmp_path / "p.png"))
-    assert image.shape == (6 * 34 + 2, 4 * 34 + 2, 3) and len(np.unique(image)) > 100
-    assert fail(["--preview", tmp_path / "no" / "p.png"], capsys)[0] == 2
 
 
 def test_low_precision_takes_the_same_steps():
@@ -1374,14 +1357,6 @@ def test_compiled_pairs_of_every_family_take_the_same_step(one, two):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
     best = [min(times) for times in zip(*([timeit.timeit(step, number=3) for step in (slow, fast)] for _ in range(5)))]
     print(f"{one}, {two}: a step {best[0] / 3:.3f} s, compiled {best[1] / 3:.3f} s, ratio {best[0] / best[1]:.2f}")
-
-
-def test_benchmark_prints_where_the_time_goes(folder, capsys):
-    assert mokd.main([*SMALL, *PAIR, "--data", str(folder), "--benchmark", "2"]) == 0
-    text = capsys.readouterr().out
-    for word in ("kept on the device", "through the loader", "images/s", "forward", "backward", "update", "peak memory", "GFLOP",
-                 "T-Heads", "search", "decode", "crop"):
-        assert word in text
 
 
 def test_a_demo_ends_with_its_table(tmp_path, monkeypatch, capsys):
