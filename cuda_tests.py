@@ -15,12 +15,13 @@ import eval_linear
 import mokd
 from test_mokd import CNN, PAIR, SMALL, VIT, config, now_of, views_of
 
-# ---------------------------------------------------------------------------------------- CUDA, on a machine without a GPU
+# --------------------------------------------------------------------- CUDA, on a machine without a GPU
 
 class FakeGPU(TorchDispatchMode):
-    """Tensors of cuda:0 are fake: they have a shape, a type and a device, but no values. An operation on tensors of two devices raises.
-    A wait for the device is noted with its line; a count that is waited for is 0, any other value 1 (so all is finite), and a search
-    for what is not zero finds nothing. Tensors of the CPU are real. To be entered inside FakeTensorMode."""
+    """Tensors of cuda:0 are fake: they have a shape, a type and a device, but no values. An operation on tensors
+    of two devices raises. A wait for the device is noted with its line; a count that is waited for is 0, any
+    other value 1 (so all is finite), and a search for what is not zero finds nothing. Tensors of the CPU are
+    real. To be entered inside FakeTensorMode."""
     def __init__(self):
         super().__init__()
         self.waits = []
@@ -50,14 +51,16 @@ class FakeGPU(TorchDispatchMode):
         return (torch.zeros if x.dtype == torch.long else torch.ones)(x.shape, dtype=x.dtype)
 
     def wait(self):
-        """Note the innermost line of this project."""
-        frames = [f for f in traceback.extract_stack()[:-2] if os.path.dirname(f.filename) == os.path.dirname(mokd.__file__)]
-        self.waits.append(f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno} {frames[-1].line}")
+        """Note the innermost line of this project, but for this class's own."""
+        own, folder = ("wait", "read", "__torch_dispatch__"), os.path.dirname(mokd.__file__)
+        frames = [f for f in traceback.extract_stack() if os.path.dirname(f.filename) == folder]
+        line = [f"{os.path.basename(f.filename)}:{f.lineno} {f.line}" for f in frames if f.name not in own][-1]
+        self.waits.append(line)
 
 
 def walk_backward(loss, *_, **__):
-    """loss.backward() without torch's engine, which asks the driver for streams: nodes in the order of the graph, gradients of a
-    broadcast summed and cast back, as the engine does."""
+    """loss.backward() without torch's engine, which asks the driver for streams: nodes in the order of the
+    graph, gradients of what was broadcast summed, all cast to the type of their tensor, as the engine does."""
     order, seen, stack = [], {loss.grad_fn}, [(loss.grad_fn, iter(loss.grad_fn.next_functions))]
     while stack:
         node, edges = stack[-1]
@@ -79,8 +82,9 @@ def walk_backward(loss, *_, **__):
         incoming = [grads.pop((node, i), None) for i in range(len(node._input_metadata))]
         if all(grad is None for grad in incoming):
             continue
-        outgoing = node(*incoming) if callable(node) else node.apply(*incoming)   # torch's own, or an autograd.Function
-        for (after, i), grad in zip(node.next_functions, outgoing if isinstance(outgoing, tuple) else (outgoing,)):
+        outgoing = node(*incoming) if callable(node) else node.apply(*incoming)   # or an autograd.Function
+        outgoing = outgoing if isinstance(outgoing, tuple) else (outgoing,)
+        for (after, i), grad in zip(node.next_functions, outgoing):
             if after is None or grad is None:
                 continue
             like = after.variable if hasattr(after, "variable") else after._input_metadata[i]
@@ -108,7 +112,7 @@ def gpu(monkeypatch):
         pytest.skip("this torch knows no CUDA")
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
-    monkeypatch.setattr(FakeTensor, "tolist", lambda x: fake.read(x).tolist())   # torch's waits for each number
+    monkeypatch.setattr(FakeTensor, "tolist", lambda x: fake.read(x).tolist())   # torch's reads one by one
     monkeypatch.setattr(nn.Module, "to", move_real_tensors)
     monkeypatch.setattr(torch.Tensor, "backward", walk_backward)
     mokd.mean_and_std.cache_clear()
@@ -120,8 +124,9 @@ def gpu(monkeypatch):
 
 def crops_of(cfg):
     g = torch.Generator().manual_seed(0)
-    sizes = (2, cfg.global_size), (cfg.local_crops, cfg.local_size)
-    return [torch.randint(256, (cfg.batch_size, n, size, size, 3), generator=g, dtype=torch.uint8) for n, size in sizes]
+    shapes = [(cfg.batch_size, n, size, size, 3) for n, size in (
+        (2, cfg.global_size), (cfg.local_crops, cfg.local_size))]
+    return [torch.randint(256, shape, generator=g, dtype=torch.uint8) for shape in shapes]
 
 
 SMALLER_CNN = ["--arch2", "resnet34", "--model_kwargs2", *CNN]
@@ -132,7 +137,7 @@ SMALLER_VIT = ["--arch1", "vit_small", "--model_kwargs1", *VIT[:-2], "depth=1", 
     [], ["--recipe", "release"], ["--search", "global", "--dtype", "fp16"], ["--losses", "sm"], SMALLER_CNN,
     [*SMALLER_VIT, "--recipe", "release", "--dtype", "fp16"]], ids=" ".join)
 def test_a_step_on_cuda_stays_on_it_and_never_waits(args, gpu):
-    """The whole of it: forward, search, losses, backward, update, momentum nets and centers, in bf16 and fp16 autocast."""
+    """The whole of it: forward, search, losses, backward, update, momentum nets and centers, in bf16 and fp16."""
     cfg = config(*args)
     cfg.dtype = "fp16" if "fp16" in args else "bf16"
     models = mokd.build_models(cfg, gpu.device)
@@ -145,11 +150,13 @@ def test_a_step_on_cuda_stays_on_it_and_never_waits(args, gpu):
     assert all(loss.device == gpu.device and loss.dtype == torch.float32 for loss in losses.values())
     assert {t.dtype for t in logits.values() if t is not None} == {half}
     for m in models:
-        state = [v for optimizer in m.optimizers for s in optimizer.state.values() for v in s.values() if v is not None]
-        trained = sum(p.requires_grad for p in m.params)
-        assert sum(len(optimizer.state) for optimizer in m.optimizers) == trained   # every parameter was given a gradient
-        tensors = [*m.params, *m.params_, *m.net.buffers(), *m.momentum_net.buffers(), *(v for v in state if v.dim())]
+        tensors, updated = [*m.params, *m.params_, *m.net.buffers(), *m.momentum_net.buffers()], 0
+        for optimizer in m.optimizers:
+            updated += len(optimizer.state)
+            for state in optimizer.state.values():
+                tensors += [v for v in state.values() if v is not None]
         assert all(t.device == gpu.device for t in tensors)
+        assert updated == sum(p.requires_grad for p in m.params)   # all were given a gradient
 
 def test_views_are_made_on_cuda_without_a_wait(gpu):
     """What is drawn for each image is drawn on the CPU: which rows an operation is for needs no reading from the device."""
@@ -157,7 +164,8 @@ def test_views_are_made_on_cuda_without_a_wait(gpu):
     mokd.mean_and_std(gpu.device)   # of which a copy is kept
     gpu.waits.clear()
     x = mokd.make_views(crops_of(cfg), cfg, gpu.device, 0)
-    assert gpu.waits == [] and [(v.shape, v.device) for v in x] == [((16, 3, 32, 32), gpu.device), ((16, 3, 16, 16), gpu.device)]
+    assert gpu.waits == [] and [v.shape for v in x] == [(16, 3, 32, 32), (16, 3, 16, 16)]
+    assert all(v.device == gpu.device for v in x)
 
 
 def test_a_wait_and_a_tensor_of_the_cpu_in_a_step_are_noticed(gpu, monkeypatch):
@@ -165,14 +173,20 @@ def test_a_wait_and_a_tensor_of_the_cpu_in_a_step_are_noticed(gpu, monkeypatch):
     cfg.dtype = "bf16"
     x = [v.to(gpu.device) for v in views_of(cfg)]
     models, real = mokd.build_models(cfg, gpu.device), mokd.cross_entropy
-    step = lambda: mokd.train_step(*models, x, cfg, now_of(cfg))
+    now = now_of(cfg)
+
+    def waiting(p, s, temp):
+        return real(p, s, temp) / max(1.0, p.sum().item())
+
+    def with_the_cpu(p, s, temp):
+        return real(p * torch.ones(cfg.out_dim), s, temp)
     gpu.waits.clear()
-    monkeypatch.setattr(mokd, "cross_entropy", lambda p, s, temp: real(p, s, temp) / max(1.0, p.sum().item()))
-    step()
-    assert len(gpu.waits) > 4 and all("item()" in line for line in gpu.waits)
-    monkeypatch.setattr(mokd, "cross_entropy", lambda p, s, temp: real(p * torch.ones(cfg.out_dim), s, temp))
+    monkeypatch.setattr(mokd, "cross_entropy", waiting)
+    mokd.train_step(*models, x, cfg, now)
+    assert len(gpu.waits) > 4 and all("p.sum().item()" in line for line in gpu.waits)
+    monkeypatch.setattr(mokd, "cross_entropy", with_the_cpu)
     with pytest.raises(RuntimeError, match="devices,? cuda:0.* cpu"):
-        step()
+        mokd.train_step(*models, x, cfg, now)
 
 
 @pytest.mark.parametrize("program", ["mokd.py", "eval_linear.py", "eval_linear.py --finetune"])
@@ -192,11 +206,12 @@ def test_more_steps_on_cuda_bring_no_more_waits(program, gpu, monkeypatch, tmp_p
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*pin_memory.*")
             if program == "mokd.py":
-                mokd.run(mokd.parse_args([*SMALL, *PAIR, "--losses", "sm", "--local_crops", "0", *common]))
+                pair = [*SMALL, *PAIR, "--losses", "sm", "--local_crops", "0"]
+                mokd.run(mokd.parse_args([*pair, *common]))
             else:
                 eval_linear.run(eval_linear.parse([
-                    "--arch", "vit_tiny", "--model_kwargs", *VIT, "--image_size", "32", "--data", "toy", "--batch_size", "8",
-                    "--epochs", "1", "--lr", "0.1", *program.split()[1:], *common]))
+                    "--arch", "vit_tiny", "--model_kwargs", *VIT, "--image_size", "32", "--data", "toy",
+                    "--batch_size", "8", "--epochs", "1", "--lr", "0.1", *program.split()[1:], *common]))
         waits.append(sorted(gpu.waits))
     assert waits[0] == waits[1] != []
 
@@ -211,7 +226,8 @@ def test_features_on_cuda_bring_no_wait_for_a_batch(gpu):
         gpu.waits.clear()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*pin_memory.*")
-            features, labels = mokd.extract_features(backbones, mokd.EvalView(images, 32), gpu.device, 4, dtype="bf16")
+            features, labels = mokd.extract_features(backbones, mokd.EvalView(images, 32), gpu.device, 4,
+                                                     dtype="bf16")
         waits.append(sorted(gpu.waits))
     assert [f.device for f in features] == [gpu.device] * 2 and labels.device == gpu.device
     assert waits[0] == waits[1]

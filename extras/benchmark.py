@@ -365,6 +365,7 @@ def report_time(cfg, images, device, steps):
         seconds, parts = time_steps(cfg, models, source, device, steps)
         rates.append(cfg.batch_size / seconds)
         say(f"{name}: {rates[-1]:.1f} images/s, {1000 * seconds:.1f} ms a step: {name_parts(parts)}")
+    del source   # ends its workers
     memory, kind = mokd.memory_gb(device), "measured" if device.type == "cuda" else "of the whole process"
     del models
     meter = compute(cfg)
@@ -378,7 +379,7 @@ def report_time(cfg, images, device, steps):
 
 def compare(settings, device, steps, turns=4):
     """-> for each setting the seconds a step of its best turn. The settings take turns in one process, so
-    that they meet the same machine. On the CPU these are CPU seconds: those of other programs do not count."""
+    that they meet the same machine. On the CPU it is CPU seconds: those of other programs do not count."""
     gpu, runs, best = device.type == "cuda", [], [float("inf")] * len(settings)
     clock = time.perf_counter if gpu else time.process_time
     for cfg in settings:
@@ -447,12 +448,13 @@ def table(argv, images, device, steps, batch_sizes, limit=420):
     source = load_forever(all_losses, images, device)
     models = mokd.build_models(all_losses, device)
     seconds, parts = time_steps(all_losses, models, source, device, steps)
+    del source   # ends its workers
     add(f"all losses, JPEGs through {all_losses.workers} workers", all_losses, seconds, "", "", "")
     decode, crop, usual = time_worker(all_losses, images)
     lines += ["", f"ms by part of the last row: {name_parts(parts)}.",
               f"CPU ms an image in a worker: decode {decode:.2f}, crop {crop:.2f}; usual PIL pipeline "
               f"{usual:.2f}.",
-              f"torch {torch.__version__}, {steps} steps a row; on a batch kept on the device but in the last."]
+              f"torch {torch.__version__}, {steps} steps a row; the batch stays on the device, not in the last."]
     if late:
         lines.append(f"Left out after {limit} s: {', '.join(late)}.")
     return lines
