@@ -18,8 +18,8 @@ from test_mokd import CNN, PAIR, SMALL, VIT, config, now_of, views_of
 # --------------------------------------------------------------------- CUDA, on a machine without a GPU
 
 class FakeGPU(TorchDispatchMode):
-    """Tensors of cuda:0 are fake: they have a shape, a type and a device, but no values. An operation on tensors
-    of two devices raises. A wait for the device is noted with its line; a count that is waited for is 0, any
+    """Tensors of cuda:0 are fake: they have a shape, a type and a device, but no values. An operation on
+    tensors of two devices raises. A wait for the device is noted with its line; a count that is waited for is 0, any
     other value 1 (so all is finite), and a search for what is not zero finds nothing. Tensors of the CPU are
     real. To be entered inside FakeTensorMode."""
     def __init__(self):
@@ -54,13 +54,13 @@ class FakeGPU(TorchDispatchMode):
         """Note the innermost line of this project, but for this class's own."""
         own, folder = ("wait", "read", "__torch_dispatch__"), os.path.dirname(mokd.__file__)
         frames = [f for f in traceback.extract_stack() if os.path.dirname(f.filename) == folder]
-        line = [f"{os.path.basename(f.filename)}:{f.lineno} {f.line}" for f in frames if f.name not in own][-1]
-        self.waits.append(line)
+        last = [f for f in frames if f.name not in own][-1]
+        self.waits.append(f"{os.path.basename(last.filename)}:{last.lineno} {last.line}")
 
 
 def walk_backward(loss, *_, **__):
     """loss.backward() without torch's engine, which asks the driver for streams: nodes in the order of the
-    graph, gradients of what was broadcast summed, all cast to the type of their tensor, as the engine does."""
+    graph, gradients of what was broadcast summed, all cast to their tensor's type, as the engine does."""
     order, seen, stack = [], {loss.grad_fn}, [(loss.grad_fn, iter(loss.grad_fn.next_functions))]
     while stack:
         node, edges = stack[-1]
@@ -137,7 +137,7 @@ SMALLER_VIT = ["--arch1", "vit_small", "--model_kwargs1", *VIT[:-2], "depth=1", 
     [], ["--recipe", "release"], ["--search", "global", "--dtype", "fp16"], ["--losses", "sm"], SMALLER_CNN,
     [*SMALLER_VIT, "--recipe", "release", "--dtype", "fp16"]], ids=" ".join)
 def test_a_step_on_cuda_stays_on_it_and_never_waits(args, gpu):
-    """The whole of it: forward, search, losses, backward, update, momentum nets and centers, in bf16 and fp16."""
+    """The whole of it: forward, search, losses, backward, update, momentum nets, centers; bf16 and fp16."""
     cfg = config(*args)
     cfg.dtype = "fp16" if "fp16" in args else "bf16"
     models = mokd.build_models(cfg, gpu.device)
@@ -159,7 +159,7 @@ def test_a_step_on_cuda_stays_on_it_and_never_waits(args, gpu):
         assert updated == sum(p.requires_grad for p in m.params)   # all were given a gradient
 
 def test_views_are_made_on_cuda_without_a_wait(gpu):
-    """What is drawn for each image is drawn on the CPU: which rows an operation is for needs no reading from the device."""
+    """What happens to each image is drawn on the CPU, so which rows an operation is for is not read back."""
     cfg = config("--blur", 0.1, 2)
     mokd.mean_and_std(gpu.device)   # of which a copy is kept
     gpu.waits.clear()
@@ -191,7 +191,7 @@ def test_a_wait_and_a_tensor_of_the_cpu_in_a_step_are_noticed(gpu, monkeypatch):
 
 @pytest.mark.parametrize("program", ["mokd.py", "eval_linear.py", "eval_linear.py --finetune"])
 def test_more_steps_on_cuda_bring_no_more_waits(program, gpu, monkeypatch, tmp_path):
-    """Whole programs, with their loaders, on a fake GPU: they wait to log, to evaluate and to save, not in a step."""
+    """Whole programs, with their loaders: they wait to log, to evaluate and to save, not in a step."""
     toy = mokd.get_data
     monkeypatch.setattr(mokd, "join_processes", lambda: (gpu.device, 0, 1))
     monkeypatch.setattr(mokd, "write", lambda value, path: None)   # there are no values
@@ -202,7 +202,8 @@ def test_more_steps_on_cuda_bring_no_more_waits(program, gpu, monkeypatch, tmp_p
         monkeypatch.setattr(mokd, "get_data", lambda cfg: [
             torch.utils.data.Subset(part, range(n)) for part, n in zip(toy(cfg), (8 * steps, 8))])
         gpu.waits.clear()
-        common = ["--out", str(tmp_path / str(steps)), "--log_every", "99", "--dtype", "bf16", "--workers", "0"]
+        common = ["--out", str(tmp_path / str(steps)), "--log_every", "99", "--dtype", "bf16"]
+        common += ["--workers", "0"]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*pin_memory.*")
             if program == "mokd.py":
