@@ -19,9 +19,9 @@ from test_mokd import CNN, PAIR, SMALL, VIT, config, now_of, views_of
 
 class FakeGPU(TorchDispatchMode):
     """Tensors of cuda:0 are fake: they have a shape, a type and a device, but no values. An operation on
-    tensors of two devices raises. A wait for the device is noted with its line; a count that is waited for is 0, any
-    other value 1 (so all is finite), and a search for what is not zero finds nothing. Tensors of the CPU are
-    real. To be entered inside FakeTensorMode."""
+    tensors of two devices raises. A wait for the device is noted with its line; a count that is waited for is
+    0, any other value 1 (so all is finite), and a search for what is not zero finds nothing. Tensors of the
+    CPU are real. To be entered inside FakeTensorMode."""
     def __init__(self):
         super().__init__()
         self.waits = []

@@ -454,7 +454,7 @@ def table(argv, images, device, steps, batch_sizes, limit=420):
     lines += ["", f"ms by part of the last row: {name_parts(parts)}.",
               f"CPU ms an image in a worker: decode {decode:.2f}, crop {crop:.2f}; usual PIL pipeline "
               f"{usual:.2f}.",
-              f"torch {torch.__version__}, {steps} steps a row; the batch stays on the device (last row: not)."]
+              f"torch {torch.__version__}, {steps} steps a row; only the last row has a loader."]
     if late:
         lines.append(f"Left out after {limit} s: {', '.join(late)}.")
     return lines
