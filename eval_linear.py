@@ -1,52 +1,52 @@
 """Linear probing (A.2) and fine-tuning (A.3: part of the labels, A.4: transfer) of one or two backbones.
 
-    python eval_linear.py --checkpoint runs/resnet50-vit_small/checkpoint.pth                    # both models, frozen
-    torchrun --nproc_per_node=8 eval_linear.py --checkpoint ... --lr 0.02 0.05 0.1 0.2 0.5       # five rates at the cost of one
-    torchrun --nproc_per_node=8 eval_linear.py --checkpoint ... --finetune --label_fraction 0.01 # 1 % of the labels
-    torchrun --nproc_per_node=8 eval_linear.py --checkpoint ... --finetune --data cifar10        # transfer
+    python eval_linear.py --checkpoint runs/resnet50-vit_small/checkpoint.pth      # both models, frozen
+    torchrun --nproc_per_node=8 eval_linear.py --checkpoint ... --lr 0.008 0.02 0.08 0.2
+    torchrun --nproc_per_node=8 eval_linear.py --checkpoint ... --finetune --label_fraction 0.01
+    torchrun --nproc_per_node=8 eval_linear.py --checkpoint ... --finetune --data cifar10
 
-A frozen backbone has one linear layer for each learning rate, and one forward pass serves them all: their parameters are their
-own, so the gradient of the summed losses is to each what its own loss would give. Fine-tuning takes one rate after the other.
+A frozen backbone has one linear layer for each learning rate, and one forward pass serves them all. A layer's
+gradient is that of its own loss, because they share no parameter. Fine-tuning takes one rate after the other.
+Rates are final: they are reached at the end of the warm-up, whatever the batch size.
 """
 import copy
-import functools
-import json
 import math
 import os
-import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
 
 import timm
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import Subset
 from torchvision.transforms.v2 import functional as TF
 
 import mokd
-from eval_knn import Source, check_source, labeled_data, labels_of, load_backbones, progress_of
-from mokd import UserError, flag, say
+from eval_knn import Source, check_source, labeled_data, labels_of, load_backbones, progress_of, write_json
+from mokd import UserError, flag, say, warn
 
 @dataclass
 class Config(Source):
     finetune: bool = flag(False, "train the backbone too [A.3, A.4]", group="classifier")
-    label_fraction: float = flag(1.0, "part of each class's training images that keep their label [A.3]", low=1e-6, high=1)
-    subset: str = flag("", "instead: file with the names of the images that do, one a line, as SimCLR's 1percent.txt [A.3]")
-    n_last_blocks: int = flag(0, "a ViT's feature: the CLS tokens of this many last blocks [DINO]; 0: the pooled feature [A.2]")
+    label_fraction: float = flag(1.0, "part of each class's images that keep labels [A.3]", low=1e-6, high=1)
+    subset: str = flag("", "file that names the images that keep labels, as SimCLR's 1percent.txt [A.3]")
+    n_last_blocks: int = flag(0, "a ViT's feature: CLS of this many last blocks [DINO]; 0: the pooled one")
     avgpool: bool = flag(False, "add the mean of its patch tokens to a ViT's feature [DINO]")
-    lr: tuple = flag((), "learning rates, times batch_size / 256; unset: 0.08 CNN, 0.008 ViT [A.2], 0.01 to fine-tune", nargs="+")
-    optimizer: str = flag("sgd", "sgd has momentum 0.9 [A.2]", choices=("sgd", "adamw"))
-    weight_decay: float = flag(0.0, "never on biases and 1-D parameters [A.2]")
-    epochs: int = flag(None, "unset: 100 [A.2, A.4]; fine-tuning with part of the labels 60, from 5 % on 30 [A.3]", low=1)
-    warmup_epochs: int = flag(None, "unset: 10 [A.2, A.4], 5 with part of the labels [A.3]; at most a fifth of the epochs")
-    batch_size: int = flag(None, "over all processes; unset: 2048 [A.2], fine-tuning 1024 [A.3], at most all images", low=1)
-    scale: tuple = flag((0.08, 1.0), "part of the image that a training crop covers [torchvision]", low=1e-4, high=1)
+    lr: tuple = flag((), "rates after warm-up, never scaled; unset: to probe 0.08 CNN, 0.008 ViT [A.2], "
+                     "to fine-tune 0.01, but give several, as the best is searched [A.3]", nargs="+")
+    optimizer: str = flag("sgd", "sgd has momentum 0.9 [DINO]", choices=("sgd", "adamw"))
+    weight_decay: float = flag(0.0, "0 to probe [A.2]; never on biases and 1-D parameters")
+    epochs: int = flag(None, "unset: 100 [A.2, A.4]; fine-tuned on few labels 60, from 5 % 30 [A.3]", low=1)
+    warmup_epochs: int = flag(None, "unset: 10 [A.2, A.4], 5 on part of the labels [A.3]; at most epochs / 5")
+    batch_size: int = flag(None, "over all processes; unset: 2048 [A.2], to fine-tune 1024 [A.3], but at "
+                           "least ten steps an epoch", low=1)
+    scale: tuple = flag((0.08, 1.0), "part of the image that a crop covers [torchvision]", low=1e-4, high=1)
 
-    out: str = flag("", "folder of results; unset: beside the checkpoint, or runs/linear-ARCH", group="running", may_differ=True)
-    dtype: str = flag("auto", "of autocast; auto: bf16, else fp16, on a GPU; else fp32", choices=("auto", "bf16", "fp16", "fp32"))
+    out: str = flag("", "folder of results; unset: beside the checkpoint", group="running", may_differ=True)
+    dtype: str = flag("auto", "of autocast; auto: bf16, else fp16, on a GPU; else fp32",
+                      choices=("auto", "bf16", "fp16", "fp32"))
     log_every: int = flag(20, "steps between log lines", low=1, may_differ=True)
     eval_every: int = flag(1, "epochs between evaluations", low=1, may_differ=True)
     save_every: int = flag(0, "steps between checkpoints; 0: one each epoch", may_differ=True)
@@ -55,84 +55,115 @@ def parse(argv=None):
     cfg = check_source(Config(**mokd.read_flags(Config, argv, "eval_linear.py", __doc__.split("\n\n")[0])))
     if cfg.subset and cfg.label_fraction < 1:
         raise UserError("give either --label_fraction or --subset FILE")
-    if len({*cfg.lr}) < len(cfg.lr):
+    if len({f"{rate:g}" for rate in cfg.lr}) < len(cfg.lr):
         raise UserError("--lr: a rate is given twice")
+    if cfg.scale[0] > cfg.scale[1]:
+        raise UserError("--scale: give the smaller number first")
+    kind = "finetune" if cfg.finetune else "linear"
+    kind += f"-{cfg.label_fraction:g}" if cfg.label_fraction < 1 else ""
+    for path in (cfg.subset, cfg.data):   # other labels, other data: another folder
+        kind += f"-{os.path.splitext(os.path.basename(os.path.normpath(path)))[0]}" if path else ""
+    folder = os.path.dirname(cfg.checkpoint) if cfg.checkpoint else f"runs/{cfg.arch}"
+    cfg.out = cfg.out or os.path.join(folder, kind)
     return cfg
 
 def with_label(images, cfg):
-    """-> the images that keep their label: all, a class-balanced part drawn by --seed, or those named in --subset."""
+    """-> the images that keep their label: all, a part of each class drawn by --seed, or --subset's."""
     if cfg.subset:
-        try:
-            names = {line.strip() for line in open(cfg.subset) if line.strip()}
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--subset {cfg.subset}: cannot be read ({error})") from error
-        own = {os.path.basename(mokd.name_of(images, i)): i for i in range(len(images))}
-        missing = sorted(names - own.keys())
-        if missing or not names:
-            raise UserError(f"--subset {cfg.subset}: {len(missing)} of {len(names)} names are not among the training images of --data "
-                       f"{cfg.data}, first {missing[0] if missing else 'none: the file is empty'}")
-        return Subset(images, sorted(own[name] for name in names))
+        return Subset(images, named_in(cfg.subset, images))
     labels, kept = labels_of(images.dataset)[images.indices], []
     for c in labels.unique():
         rows = (labels == c).nonzero().flatten()
-        n = max(1, round(cfg.label_fraction * len(rows)))
-        kept += rows[torch.randperm(len(rows), generator=mokd.generator(cfg.seed, "labels", int(c)))[:n]].tolist()
+        order = torch.randperm(len(rows), generator=mokd.generator(cfg.seed, "labels", int(c)))
+        kept += rows[order[:max(1, round(cfg.label_fraction * len(rows)))]].tolist()
     return Subset(images, sorted(kept))
 
+def named_in(file, images):
+    """-> indices of the images that a file names, one a line: NAME, or CLASS/NAME. Raises UserError."""
+    try:
+        with open(file) as f:
+            found = {line.strip(): [] for line in f if line.strip()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--subset {file}: cannot be read ({error})") from error
+    for i in range(len(images)):
+        path = mokd.name_of(images, i).replace(os.sep, "/").split("/")
+        for name in {path[-1], "/".join(path[-2:]), "/".join(path[-3:])}:
+            if name in found:
+                found[name].append(i)
+    wrong = sorted(name for name, rows in found.items() if len(rows) != 1)
+    if wrong or not found:
+        what = f"{wrong[0]} is the name of {len(found[wrong[0]])} training images" if wrong else "it is empty"
+        raise UserError(f"--subset {file}: {what} ({len(wrong)} of {len(found)} names do not fit one image); "
+                        f"write NAME, or CLASS/NAME where classes share a name")
+    return sorted({rows[0] for rows in found.values()})
+
 def fill_in(cfg, labeled, total, world):
-    """The defaults that depend on what is trained, and on how many images."""
+    """The defaults that depend on what is trained, and on how many images. Raises UserError."""
     part = cfg.finetune and labeled < total
     cfg.epochs = cfg.epochs or (100 if not part else 60 if labeled < 0.05 * total else 30)
     if cfg.warmup_epochs is None:
         cfg.warmup_epochs = min(5 if part else 10, cfg.epochs // 5)
-    cfg.batch_size = cfg.batch_size or max(world, min(1024 if cfg.finetune else 2048, labeled) // world * world)
-    kind = "finetune" if cfg.finetune else "linear"
-    kind += f"-{cfg.label_fraction:g}" if cfg.label_fraction < 1 else "-subset" if cfg.subset else ""
-    cfg.out = cfg.out or (f"{os.path.dirname(cfg.checkpoint) or '.'}/{kind}" if cfg.checkpoint else f"runs/{kind}-{cfg.arch}")
+    if cfg.batch_size is None:
+        usual = 1024 if cfg.finetune else 2048
+        ten_steps = max(labeled // 10, min(2 * world, labeled))   # batch norm may need two in a process
+        cfg.batch_size = max(1, min(usual, ten_steps) // world) * world
+        if ten_steps < usual:
+            say(f"--batch_size {cfg.batch_size}: so an epoch of {labeled:,} images has at least ten steps")
     if cfg.batch_size > labeled:
         raise UserError(f"--batch_size {cfg.batch_size}: there are only {labeled} labeled images; lower it")
     if cfg.warmup_epochs > cfg.epochs:
         raise UserError(f"--warmup_epochs {cfg.warmup_epochs} is more than --epochs {cfg.epochs}: lower it")
 
 class TrainView(torch.utils.data.Dataset):
-    """(epoch, index) -> random resized crop, flipped or not (3, S, S) uint8, and its label; -100 if unreadable: no loss."""
+    """(epoch, index) -> random resized crop, flipped or not (3, S, S) uint8; label; -1; "". An unreadable
+    image has label -100, which cross_entropy leaves out, and in place of -1 and "" its index and reason."""
     def __init__(self, images, cfg):
-        self.images, self.cfg = images, cfg
+        self.images, self.size, self.scale, self.seed = images, cfg.image_size, cfg.scale, cfg.seed
 
     def __getitem__(self, key):
-        size = self.cfg.image_size
+        epoch, index = key
         try:
-            image, label = self.images[key[1]]
-        except Exception as error:   # decoders raise many things
-            mokd.warn(f"skipped {mokd.name_of(self.images, key[1])}: {error}")
-            return torch.zeros(3, size, size, dtype=torch.uint8), -100
+            image, label = self.images[index]
+            image = mokd.to_rgb(image)
+        except mokd.UNREADABLE as error:
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), -100, index, str(error)
         with torch.random.fork_rng(devices=[]):   # torchvision draws crops from the global generator
-            torch.default_generator.manual_seed(mokd.seed_of(self.cfg.seed, *key))
-            image = mokd.MultiCrop.crop(mokd.to_rgb(image), size, self.cfg.scale)
-            return (TF.horizontal_flip(image) if torch.rand(()) < 0.5 else image), int(label)
+            torch.default_generator.manual_seed(mokd.seed_of(self.seed, epoch, index))
+            image = mokd.MultiCrop.crop(image, self.size, self.scale)
+            return TF.horizontal_flip(image) if torch.rand(()) < 0.5 else image, int(label), -1, ""
 
 class Classifier(nn.Module):
-    """A backbone with one linear layer for each learning rate: images (B, 3, S, S) -> logits (R, B, classes)."""
-    def __init__(self, backbone, cfg, classes, rates):
+    """A backbone with one linear layer for each rate: images (B, 3, S, S) -> logits (R, B, classes)."""
+    def __init__(self, name, backbone, cfg, classes, rates):
         super().__init__()
-        self.backbone, self.finetune, self.rates = backbone.requires_grad_(cfg.finetune), cfg.finetune, rates
+        self.name, self.backbone, self.finetune = name, backbone, cfg.finetune
+        self.rates = {f"{rate:g}": rate for rate in rates}
         vit = backbone.prefix > 0
-        self.n_last_blocks, self.avgpool = cfg.n_last_blocks * vit, cfg.avgpool and vit
-        dim = self.eval().features(torch.zeros(1, 3, cfg.image_size, cfg.image_size)).shape[1]
-        self.layers = nn.ModuleList(nn.Linear(dim, classes) for _ in rates)
+        self.n_last_blocks, self.avgpool = cfg.n_last_blocks if vit else 0, cfg.avgpool and vit
+        blocks = len(getattr(backbone.model, "blocks", ()))
+        if self.n_last_blocks > blocks:
+            raise UserError(f"--n_last_blocks {cfg.n_last_blocks}: {name} has only {blocks} blocks")
+        if not cfg.finetune:   # else what build_backbone found unused stays off: DDP would wait for it
+            backbone.requires_grad_(False)
+        with torch.no_grad():
+            example = self.eval().features(torch.zeros(1, 3, cfg.image_size, cfg.image_size))
+        if not example.isfinite().all():
+            raise UserError(f"{name}: its features are not finite; give weights of an earlier step", code=1)
+        self.layers = nn.ModuleList(nn.Linear(example.shape[1], classes) for _ in rates)
         for layer in self.layers:   # all alike, so that a rate's result does not depend on the others'
             nn.init.normal_(layer.weight, std=0.01, generator=mokd.generator(cfg.seed, "classifier"))
             nn.init.zeros_(layer.bias)
 
     def features(self, x):
-        """-> (B, D): the pooled feature, or CLS tokens of the last blocks; with --avgpool and the mean of the patch tokens."""
+        """-> (B, D): pooled feature, or CLS of the last blocks; --avgpool adds the patch tokens' mean."""
         if not self.n_last_blocks:
             pooled, tokens = self.backbone(x)
             return torch.cat([pooled, tokens.mean(1)], 1) if self.avgpool else pooled
         blocks = self.backbone.model.forward_intermediates(
             self.backbone.convert(x), indices=self.n_last_blocks, return_prefix_tokens=True, norm=True,
             output_fmt="NLC", intermediates_only=True)
-        return torch.cat([prefix[:, 0] for _, prefix in blocks] + [blocks[-1][0].mean(1)] * self.avgpool, 1)
+        features = [prefix[:, 0] for _, prefix in blocks]
+        return torch.cat(features + [blocks[-1][0].mean(1)] if self.avgpool else features, 1)
 
     def forward(self, x):
         with torch.set_grad_enabled(self.finetune and torch.is_grad_enabled()):
@@ -145,45 +176,56 @@ class Classifier(nn.Module):
         self.backbone.train(mode and self.finetune)   # frozen: its batch norms keep their statistics
         return self
 
-class Classifiers(nn.Module):   # so that one DDP and one data pass serve both models
-    def __init__(self, parts):
-        super().__init__()
-        self.parts = nn.ModuleList(parts)
-
+class Classifiers(nn.ModuleList):   # so that one DDP and one data pass serve both models
     def forward(self, x):
-        return [part(x) for part in self.parts]
+        return [part(x) for part in self]
 
 def make_optimizer(net, cfg):
-    """Parameter groups for each linear layer, at its rate, and for a fine-tuned backbone; 1-D parameters have no weight decay."""
+    """Parameter groups for each linear layer, at its rate; a fine-tuned backbone has one and its rate."""
     groups = []
-    for part in net.parts:
-        for rate, layer in zip(part.rates, part.layers):
-            groups += [dict(params=[layer.weight], peak=rate), dict(params=[layer.bias], peak=rate, weight_decay=0.0)]
+    for part in net:
         own = [p for p in part.backbone.parameters() if p.requires_grad]
-        if own:   # of a fine-tuned backbone there is one rate
-            groups += [dict(params=[p for p in own if p.dim() > 1], peak=part.rates[0]),
-                       dict(params=[p for p in own if p.dim() < 2], peak=part.rates[0], weight_decay=0.0)]
-    kind = functools.partial(torch.optim.SGD, momentum=0.9) if cfg.optimizer == "sgd" else torch.optim.AdamW
-    return kind(groups, lr=0.0, weight_decay=cfg.weight_decay, foreach=True)
+        for peak, layer in zip(part.rates.values(), part.layers):
+            params = [*layer.parameters(), *own]
+            groups.append(dict(params=[p for p in params if p.dim() > 1], peak=peak))
+            groups.append(dict(params=[p for p in params if p.dim() < 2], peak=peak, weight_decay=0.0))
+    if cfg.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=cfg.weight_decay, foreach=True)
+    return torch.optim.AdamW(groups, lr=0.0, weight_decay=cfg.weight_decay, foreach=True)
+
+def on_device(x, y, device):
+    """Images and labels of a loader -> the same on the device, the images as the networks get them."""
+    return mokd.normalize(x.to(device, non_blocking=True).float() / 255), y.to(device, non_blocking=True)
 
 @torch.no_grad()
 def evaluate(net, images, cfg, device, rank, world):
-    """-> for each model (2, R): top-1 and top-5 (percent) of each rate."""
+    """-> {model: {rate: dict(top1, top5)}}, percent. Raises UserError where more than 1 % cannot be read."""
     net.eval()
-    part = Subset(mokd.EvalView(images, cfg.image_size, cfg.resize), range(rank, len(images), world))
-    counts = torch.zeros(1 + sum(2 * len(p.rates) for p in net.parts), device=device)
-    progress, done = progress_of("validation", len(part)), 0
-    for x, y in mokd.make_loader(part, device, cfg.workers, batch_size=max(1, min(256, cfg.batch_size // world))):
-        done += len(x)
-        x, y = mokd.normalize(x.to(device, non_blocking=True).float() / 255), y.to(device, non_blocking=True)
+    views = Subset(mokd.EvalView(images, cfg.image_size, cfg.resize), range(rank, len(images), world))
+    counts = [torch.zeros(2, len(part.rates), device=device) for part in net]
+    unreadable, done, progress = 0, 0, progress_of("validation", len(images), world)
+    for x, y in mokd.make_loader(views, device, cfg.workers, batch_size=min(256, cfg.batch_size // world)):
+        unreadable += (y == mokd.NO_IMAGE).sum()
+        x, y = on_device(x, y, device)
         with mokd.autocast(device, cfg.dtype):
             logits = net(x)
-        hits = [(z.topk(min(n, z.shape[-1])).indices == y[:, None]).any(-1).sum(-1) for z in logits for n in (1, 5)]
-        counts += torch.cat([(y >= 0).sum()[None], *hits])
+        for count, z in zip(counts, logits):   # z: (R, B, classes); a layer that diverged is right nowhere
+            finite = z.isfinite().all(-1)
+            top5 = z.topk(min(5, z.shape[-1])).indices
+            count[0] += ((z.argmax(-1) == y) & finite).sum(-1)
+            count[1] += ((top5 == y[:, None]).any(-1) & finite).sum(-1)
+        done += len(x)
         progress(done)
-    counts = mokd.mean_over_processes(counts).cpu()
     net.train()
-    return [row.view(2, -1) * 100 / counts[0] for row in counts[1:].split([2 * len(p.rates) for p in net.parts])]
+    unreadable = int(mokd.sum_over_processes(torch.as_tensor(unreadable)))
+    if unreadable > 0.01 * len(images):
+        raise UserError(f"--data {cfg.data}: {unreadable} of {len(images)} validation images cannot be read, "
+                        f"more than 1 %: mend or remove those named above", code=1)
+    results = {}
+    for part, count in zip(net, counts):
+        top1, top5 = (100 * mokd.sum_over_processes(count) / (len(images) - unreadable)).tolist()
+        results[part.name] = {rate: dict(top1=a, top5=b) for rate, a, b in zip(part.rates, top1, top5)}
+    return results
 
 def write(cfg, value, path):
     """Let the first process write a file that is always whole. Raises UserError."""
@@ -191,131 +233,147 @@ def write(cfg, value, path):
         if mokd.MAIN:
             mokd.write(value, path)
     except (OSError, RuntimeError) as error:   # torch turns some of the first into the second
-        raise UserError(f"--out {cfg.out}: {path} could not be written ({error}); make room there and start again", code=1) from error
+        raise UserError(f"--out {cfg.out}: {path} could not be written ({error}); make room and start "
+                        f"again", code=1) from error
 
 def write_results(cfg, results):
-    try:
-        if mokd.MAIN:
-            with open(f"{cfg.out}/results.json.tmp", "w") as f:
-                json.dump(dict(settings=asdict(cfg), results=results), f, indent=1)
-            os.replace(f"{cfg.out}/results.json.tmp", f"{cfg.out}/results.json")
-    except OSError as error:
-        mokd.warn(f"--out {cfg.out}: results.json could not be written ({error})")
+    write_json(f"{cfg.out}/results.json", dict(settings=asdict(cfg), results=results))
 
-def train(cfg, names, net, place, state, images, val, device, rank, world):
-    """Train the linear layers of net, and its backbones to fine-tune -> the results of all rates so far, {model: {rate: ...}}.
-    `place` is that of the rates in the list to be done one by one, `state` the checkpoint to go on from, or None. Raises UserError,
-    on a signal after writing a checkpoint."""
+def note_losses(record, net, means, diverged):
+    """Put the mean loss of each layer into a record of the log; diverged lists those without a number."""
+    for part in net:
+        losses = {rate: means.pop(0) for rate in part.rates}
+        for rate, loss in losses.items():
+            if not math.isfinite(loss):
+                losses[rate] = None
+                if [part.name, rate] not in diverged:
+                    diverged.append([part.name, rate])
+                    warn(f"{part.name} diverged at --lr {rate}: from here on it is right nowhere")
+        record[f"lowest loss {part.name}"] = min((v for v in losses.values() if v is not None), default=None)
+        record[f"losses {part.name}"] = losses
+
+def note_results(record, found, results, epoch, diverged):
+    """Put what evaluate found into a record of the log, and into the results of all rates."""
+    for name, rates in found.items():
+        for rate, tops in rates.items():
+            if [name, rate] in diverged:
+                tops.update(top1=0.0, top5=0.0)
+            result = results.setdefault(name, {}).setdefault(rate, dict(best_top1=-1.0))
+            result.update(tops)
+            if tops["top1"] > result["best_top1"]:
+                result.update(best_top1=tops["top1"], best_epoch=epoch)
+        record[f"highest top1 {name}"] = max(tops["top1"] for tops in rates.values())
+        record[f"accuracies {name}"] = rates
+
+def train(cfg, net, done, saved, turns, watch, images, val, device, rank, world):
+    """Train the layers of net, and with --finetune its backbones, from where `done` stands; fill in done.
+
+    saved: the checkpoint to go on from, or None. turns: how many more rates come after. Raises UserError, on
+    a signal after writing a checkpoint.
+    """
     optimizer, path = make_optimizer(net, cfg), f"{cfg.out}/checkpoint.pth"
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16" and cfg.finetune)
-    trained = {name for name, p in net.named_parameters() if p.requires_grad}
-    kept = [k for k in net.state_dict() if cfg.finetune or k in trained]   # a frozen backbone needs no second copy
-    results, diverged, first = (state["results"], state["diverged"], 0) if state else ({name: {} for name in names}, [], 0)
-    if state and state["place"] == place:
-        net.load_state_dict(state["models"][0], strict=False)
-        optimizer.load_state_dict(state["models"][1])
-        scaler.load_state_dict(state["scaler"])
-        first = state["step"]
-        say(f"resumed {path} at step {first}")
-    forward = net if world == 1 else nn.parallel.DistributedDataParallel(
-        net, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
+    if saved:
+        net.load_state_dict(saved["net"], strict=False)
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        say(f"resumed {path} at step {done['step']}")
+    kept = [k for k in net.state_dict() if cfg.finetune or ".layers." in k]   # a frozen backbone is no result
+    forward = net
+    if world > 1:
+        devices = [device] if device.type == "cuda" else None
+        forward = nn.parallel.DistributedDataParallel(net, device_ids=devices, broadcast_buffers=False)
     per_epoch = len(images) // cfg.batch_size
-    step, steps, warmup = first, cfg.epochs * per_epoch, cfg.warmup_epochs * per_epoch
-    caught, window, unreadable, start = set(), [], 0, time.time()
-    clock, stops = start, (signal.SIGTERM, signal.SIGINT)
-    for s in stops:
-        signal.signal(s, lambda number, frame: caught.add(number))
+    first = step = done["step"]
+    steps, warmup = cfg.epochs * per_epoch, cfg.warmup_epochs * per_epoch
+    window, start, clock = [], time.time(), time.time()
     net.train()
-    for x, y in mokd.make_loader(TrainView(images, cfg), device, cfg.workers,
-                                 batch_sampler=mokd.batches(len(images), cfg, first, rank, world)):
-        unreadable += int((y < 0).sum())
+    keys = mokd.batches(len(images), cfg, first, rank, world)
+    loader = mokd.make_loader(TrainView(images, cfg), device, cfg.workers, batch_sampler=keys)
+    for x, y, bad, reasons in loader:
         torch.manual_seed(mokd.seed_of(cfg.seed, "dropout", step, rank))
-        x, y = mokd.normalize(x.to(device, non_blocking=True).float() / 255), y.to(device, non_blocking=True)
+        x, y = on_device(x, y, device)
         with mokd.autocast(device, cfg.dtype):
             logits = forward(x)
-        losses = [torch.stack([F.cross_entropy(row, y) for row in z]) for z in logits]   # (R,) of each model
-        scaler.scale(sum(loss.sum() for loss in losses)).backward()
-        for g in optimizer.param_groups:
-            g["lr"] = g["peak"] * mokd.cosine_schedule(step, steps, cfg.batch_size / 256, 0.0, warmup)
+        labels = (y >= 0).sum().clamp_min(1)   # of a batch in which no image can be read the loss is 0
+        losses = [F.cross_entropy(layer, y, reduction="sum") / labels for z in logits for layer in z]
+        losses = torch.stack(losses)
+        scaler.scale(losses.sum()).backward()
+        factor = mokd.cosine_schedule(step, steps, 1.0, 0.0, warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        window.append(torch.cat(losses).detach())
+        window.append(losses.detach())
         step += 1
 
-        flags = torch.tensor([unreadable, *(s in caught for s in stops)])   # on the CPU: no GPU is waited for
-        if world > 1:
-            dist.all_reduce(flags)
-        if flags[0] > 0.01 * len(images) * math.ceil(step / per_epoch):
-            raise UserError(f"--data {cfg.data}: more than 1 % of the images cannot be read: mend or remove those named above", code=1)
-        stopped = [s for s, flag in zip(stops, flags[1:].tolist()) if flag]
-        end_of_epoch, last = step % per_epoch == 0, step == steps
+        stopped = watch.after_step(bad.tolist(), reasons)
+        epoch, end_of_epoch, last = (step - 1) // per_epoch + 1, step % per_epoch == 0, step == steps
         if step % cfg.log_every == 0 or last or stopped:
-            n, means = len(window), mokd.mean_over_processes(torch.stack(window).mean(0)).cpu()
-            record = dict(epoch=(step - 1) // per_epoch, step=step, steps=steps)
-            for name, part, loss in zip(names, net.parts, means.split([len(p.rates) for p in net.parts])):
-                record |= {f"loss {name}": loss.nan_to_num(math.inf, math.inf).min().item(),
-                           f"losses {name}": {f"{rate:g}": v for rate, v in zip(part.rates, loss.tolist())}}
-                for rate in (r for r, v in zip(part.rates, loss.tolist()) if not math.isfinite(v) and [name, r] not in diverged):
-                    diverged.append([name, rate])   # which counts as classifying nothing
-                    mokd.warn(f"{name} diverged at --lr {rate:g}")
+            record = dict(epoch=epoch, step=step, steps=steps)
+            means = mokd.mean_over_processes(torch.stack(window).mean(0)).tolist()
+            note_losses(record, net, means, done["diverged"])
+            for part in net:
+                record[f"lr {part.name}"] = {rate: factor * peak for rate, peak in part.rates.items()}
             now = time.time()
-            record |= {"lr": max(g["lr"] for g in optimizer.param_groups), "images/s": cfg.batch_size * n / (now - clock),
-                       "GB": mokd.memory_gb(device), "minutes_left": (now - start) / (step - first) * (steps - step) / 60}
+            minutes = (now - start) / (step - first) * (steps - step + turns * steps) / 60
+            record |= {"lr/peak": factor, "images/s": cfg.batch_size * len(window) / (now - clock),
+                       "GB": mokd.memory_gb(device), "minutes_left": minutes}
             mokd.log(cfg, record, last=end_of_epoch)
             window, clock = [], now
-        dead = all([name, rate] in diverged for name, part in zip(names, net.parts) for rate in part.rates)
-        dead |= bool(diverged) and scaler.is_enabled()   # which skips the steps of all for one
-        if end_of_epoch and (last or (step // per_epoch) % cfg.eval_every == 0) or dead:
-            record = dict(epoch=(step - 1) // per_epoch)
-            for name, part, tops in zip(names, net.parts, evaluate(net, val, cfg, device, rank, world)):
-                tops *= torch.tensor([[name, rate] not in diverged for rate in part.rates])
-                for rate, top1, top5 in zip(part.rates, *tops.tolist()):
-                    r = results[name].setdefault(f"{rate:g}", dict(best_top1=-1.0)) | dict(top1=top1, top5=top5)
-                    if top1 > r["best_top1"]:
-                        r |= dict(best_top1=top1, best_epoch=record["epoch"])
-                    results[name][f"{rate:g}"] = r
-                record[f"top1 {name}"] = max(tops[0].tolist())
+
+        paused = time.time()   # images/s are those of training alone
+        lost = [[part.name, rate] in done["diverged"] for part in net for rate in part.rates]
+        dead = all(lost) or (any(lost) and scaler.is_enabled())   # which skips a step for all layers
+        if dead or end_of_epoch and (last or epoch % cfg.eval_every == 0):
+            record = dict(epoch=epoch)
+            found = evaluate(net, val, cfg, device, rank, world)
+            note_results(record, found, done["results"], epoch, done["diverged"])
             mokd.log(cfg, record)
-            write_results(cfg, results)
-            clock = time.time()
-        if stopped or last or dead or step % (cfg.save_every or per_epoch) == 0:
+            write_results(cfg, done["results"])
+        if stopped or dead or last or step % (cfg.save_every or per_epoch) == 0:
+            done["step"] = step
             weights = net.state_dict()
-            write(cfg, dict(config=asdict(cfg), step=step, place=place, results=results, diverged=diverged,
-                            scaler=scaler.state_dict(), models=[{k: weights[k] for k in kept}, optimizer.state_dict()]), path)
+            state = dict(config=asdict(cfg), net={k: weights[k] for k in kept})
+            state |= dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+            write(cfg, done | state, path)
+        clock += time.time() - paused
         if stopped:
-            raise UserError(f"stopped by {stopped[0].name} after step {step}; the same command goes on from there", 128 + stopped[0])
+            raise UserError(f"stopped by {stopped.name} after step {step}; the same command goes on there",
+                            128 + stopped)
         if dead:
             break
-    return results
 
-def best_rate(rates):
+def best_rate(results):
     """{rate: result} -> the rate with the highest last top-1."""
-    return max(rates, key=lambda rate: rates[rate]["top1"])
+    return max(results, key=lambda rate: results[rate]["top1"])
 
-def save_classifier(cfg, name, part, rate, classes):
-    """Write a backbone with its classifier under timm's names -> how to load it; or, where timm has no place for such a
-    classifier, the linear layer alone."""
-    b, layer = part.backbone, part.layers[[f"{r:g}" for r in part.rates].index(rate)]
-    path = f"{cfg.out}/classifier{name.split()[0] if ' ' in name else ''}.pth"
-    x = torch.randn(2, 3, cfg.image_size, cfg.image_size, device=layer.weight.device)
-    pool = dict(global_pool="token" if b.cls else "avg", fc_norm=False) if b.prefix else {}
-    part.eval()
-    for more in (pool, pool | dict(dynamic_img_size=True)):
-        try:
-            model = timm.create_model(b.timm_name, num_classes=classes, **b.timm_kwargs | more).to(x.device).eval()
-            head = next(k for k, m in model.named_modules() if m is model.get_classifier())
-            model.load_state_dict(b.model.state_dict() | {f"{head}.{k}": v for k, v in layer.state_dict().items()})
-            with torch.no_grad():
-                same = (model(b.convert(x)) - layer(part.features(x))).abs().max() < 1e-3
-        except Exception:   # a model of other parts
-            same = False
-        if same:
-            write(cfg, {k: v.contiguous() for k, v in model.state_dict().items()}, path)
-            kwargs = "".join(f", {k}={v!r}" for k, v in (b.timm_kwargs | more).items())
-            return f"timm.create_model({b.timm_name!r}, num_classes={classes}{kwargs}, checkpoint_path='{path}')"
-    write(cfg, layer.state_dict(), path)
-    return f"{path}: the linear layer alone, because timm's {b.timm_name} does not apply its classifier to this feature"
+def save_classifier(cfg, part, rate, classes):
+    """Write a backbone, under timm's names, and its classifier -> three lines that load and use them."""
+    b, layer = part.backbone, part.layers[[*part.rates].index(rate)]
+    path = f"{cfg.out}/classifier{part.name.split()[0] if cfg.checkpoint else ''}.pth"
+    model = {k: v.contiguous() for k, v in b.model.state_dict().items()}
+    write(cfg, dict(model=model, classifier=layer.state_dict()), path)
+    kwargs = "".join(f", {k}={v!r}" for k, v in b.timm_kwargs.items())
+    kwargs += ", dynamic_img_size=True" if getattr(b.model, "dynamic_img_size", False) else ""
+
+    # what `features` computes, in timm's words
+    z, cls, mean = "backbone.forward_features(images)", "z[:, 0]", f"z[:, {b.prefix}:].mean(1)"
+    n = part.n_last_blocks
+    if n:
+        z = (f"backbone.forward_intermediates(images, {n}, return_prefix_tokens=True, norm=True, "
+             f"output_fmt='NLC', intermediates_only=True)")
+        cls, mean = ", ".join(f"z[{i}][1][:, 0]" for i in range(n)), "z[-1][0].mean(1)"
+    feature = cls if n or b.cls else mean
+    if not b.prefix:
+        feature = "z.mean((1, 2))" if getattr(b.model, "output_fmt", "NCHW") == "NHWC" else "z.mean((2, 3))"
+    elif part.avgpool:
+        feature += f", {mean}"
+    create = f"timm.create_model({b.timm_name!r}, num_classes=0{kwargs}, checkpoint_path={path!r})"
+    return (f"backbone, classifier = {create}.eval(), torch.nn.Linear({layer.in_features}, {classes})\n"
+            f"classifier.load_state_dict(torch.load({path!r}, weights_only=True)['classifier'])\n"
+            f"z = {z}; logits = classifier(torch.cat([{feature}], 1))")
 
 def run(cfg):
     device, rank, world = mokd.join_processes()
@@ -327,50 +385,53 @@ def run(cfg):
     mokd.fill_in_machine(cfg, device, world)
     if (cfg.n_last_blocks or cfg.avgpool) and not any(b.prefix for b in backbones.values()):
         raise UserError("--n_last_blocks and --avgpool are for ViTs with a CLS token; here is none")
-    for name, b in backbones.items():
-        if cfg.n_last_blocks > len(getattr(b.model, "blocks", ())) and b.prefix:
-            raise UserError(f"--n_last_blocks {cfg.n_last_blocks}: {name} has only {len(b.model.blocks)} blocks")
-        if cfg.avgpool and not cfg.n_last_blocks and b.prefix and not b.cls:
-            raise UserError(f"--avgpool: the pooled feature of {name} is that mean already; add --n_last_blocks")
-    try:
-        os.makedirs(cfg.out, exist_ok=True)
-        open(f"{cfg.out}/log.jsonl", "a").close()
-    except OSError as error:
-        raise UserError(f"--out {cfg.out}: cannot be written to ({error.strerror}); give another folder") from error
-    path, state = f"{cfg.out}/checkpoint.pth", None
+    mokd.open_out(cfg)
+    done, saved = dict(turn=0, step=0, results={}, diverged=[], loads={}), None
+    path = f"{cfg.out}/checkpoint.pth"
     if os.path.exists(path):
-        state = mokd.read_checkpoint(path)
-        mokd.refuse_other_settings(path, state["config"], cfg)
-    say(f"{len(images):,} of {len(every):,} training images, {len(val):,} to validate, {classes} classes; {cfg.epochs} epochs, batch "
-        f"{cfg.batch_size}; {world} process{'es' * (world > 1)} on {device.type}, {cfg.dtype}")
+        saved = mokd.read_checkpoint(path)
+        mokd.refuse_other_settings(path, saved["config"], cfg)
+        done = {key: saved.get(key, value) for key, value in done.items()}
+    say(f"{len(images):,} of {len(every):,} training images, {len(val):,} to validate, {classes} classes; "
+        f"{cfg.epochs} epochs, batch {cfg.batch_size}; {world} process{'es' if world > 1 else ''} on "
+        f"{device.type}, {cfg.dtype}")
 
-    rates = {name: cfg.lr or (0.01 if cfg.finetune else 0.08 if b.family == "cnn" else 0.008,) for name, b in backbones.items()}
-    loads = {}
-    for place in range(state["place"] if state else 0, len(cfg.lr) if cfg.finetune and cfg.lr else 1):
-        own = {name: copy.deepcopy(b).to(device, memory_format=mokd.memory_format(device)) for name, b in backbones.items()}
-        parts = [Classifier(own[name], cfg, classes, r[place:place + 1] if cfg.finetune else r) for name, r in rates.items()]
-        net = Classifiers(parts).to(device)
+    # to probe, all rates take one turn; to fine-tune, each takes its own, and begins with the same backbone
+    usual = dict(cnn=0.01, vit=0.01) if cfg.finetune else dict(cnn=0.08, vit=0.008)
+    turns = [{name: cfg.lr or (usual[b.family],) for name, b in backbones.items()}]
+    if cfg.finetune and cfg.lr:
+        turns = [dict.fromkeys(backbones, (rate,)) for rate in cfg.lr]
+    watch = mokd.Watch(images, cfg.data)
+    for turn in range(done["turn"], len(turns)):
+        net = Classifiers()
+        for name, b in backbones.items():
+            net.append(Classifier(name, copy.deepcopy(b), cfg, classes, turns[turn][name]))
+        net = net.to(device, memory_format=mokd.memory_format(device))
         if cfg.finetune:
-            say(f"fine-tuning at --lr {parts[0].rates[0]:g}")
-        net = mokd.sync_batch_norm(net, device) if cfg.finetune and world > 1 else net
-        results = train(cfg, [*backbones], net, place, state, images, val, device, rank, world)
-        state = dict(place=-1, results=results, diverged=[])
-        for name, part in zip(backbones, net.parts):
-            if best_rate(results[name]) in [f"{r:g}" for r in part.rates]:
-                loads[name] = save_classifier(cfg, name, part, best_rate(results[name]), classes)
+            say(f"fine-tuning at --lr {', '.join(net[0].rates)}, rate {turn + 1} of {len(turns)}")
+            if world > 1 and device.type == "cuda":
+                net = timm.layers.convert_sync_batchnorm(net)
+        done["turn"] = turn
+        train(cfg, net, done, saved, len(turns) - turn - 1, watch, images, val, device, rank, world)
+        for part in net:   # of all rates so far the best one's weights stay
+            best = best_rate(done["results"][part.name])
+            if best in part.rates:
+                done["loads"][part.name] = save_classifier(cfg, part, best, classes)
+        done["step"], saved = 0, None
 
     kind = "fine-tuning" if cfg.finetune else "linear probing"
     say(f"\n{kind} on {cfg.data}, {len(images):,} labeled images, {cfg.epochs} epochs, %; * best rate\n"
-        f"{'':22}{'lr':>8}{'top-1':>9}{'top-5':>8}{'best top-1':>13} (epoch)")
-    for name in backbones:
-        for rate, r in results[name].items():
-            say(f"{name:22}{rate:>8}{'*' if rate == best_rate(results[name]) else ' '}{r['top1']:>8.2f}{r['top5']:>8.2f}"
-                f"{r['best_top1']:>13.2f} ({r['best_epoch']})")
-    for name, load in loads.items():
-        say(f"{name}: {load}")
-    if all(r["top1"] == 0 for rates in results.values() for r in rates.values()):
+        f"{'':22}{'lr':>8}{'top-1':>9}{'top-5':>8}{'best top-1':>13} in epoch")
+    for name, results in done["results"].items():
+        for rate, r in results.items():
+            star = "*" if rate == best_rate(results) else " "
+            say(f"{name:22}{rate:>8}{star}{r['top1']:>8.2f}{r['top5']:>8.2f}{r['best_top1']:>13.2f} "
+                f"{r['best_epoch']}")
+    for name, load in done["loads"].items():
+        say(f"\n{name} with the classifier of its best rate:\n{load}")
+    if len(done["diverged"]) == sum(len(rates) for turn in turns for rates in turn.values()):
         raise UserError("every rate diverged: give smaller ones with --lr", code=1)
-    return results
+    return done["results"]
 
 if __name__ == "__main__":
     sys.exit(mokd.main(program="eval_linear.py", parse=parse, run=run))

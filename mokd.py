@@ -38,8 +38,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torchvision.transforms.v2 import RandomResizedCrop, functional as TF
 
 class UserError(Exception):
-    """Ends the program with one sentence for the user. Code 2: the command was wrong. Code 1: the run
-    failed."""
+    """Ends the program with a sentence for the user. Code 2: the command was wrong; 1: the run failed."""
     def __init__(self, message, code=2):
         super().__init__(message)
         self.code = code
@@ -172,8 +171,7 @@ def on_or_off(text):
     return text == "on"
 
 def read_flags(config, argv, program, about):
-    """The command line of a dataclass of flags -> dict of the settings that it gives. Exits with 2 if it is
-    wrong."""
+    """The command line of a dataclass of flags -> dict of what it gives. Exits with 2 if it is wrong."""
     parser = argparse.ArgumentParser(
         prog=program, usage=f"python {program} [--FLAG VALUE ...]", description=about, allow_abbrev=False,
         epilog="[...] is a source: part of the paper, or code.", argument_default=argparse.SUPPRESS)
@@ -252,8 +250,7 @@ def check(cfg):
 MAIN = int(os.environ.get("RANK", 0)) == 0   # the process that prints and writes
 
 def join_processes():
-    """-> (device, rank, world). Under torchrun joins the others, by NCCL for GPUs, gloo for CPUs. Raises
-    UserError."""
+    """-> (device, rank, world). Under torchrun joins the others, by NCCL or gloo. Raises UserError."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
     if torch.cuda.is_available():
@@ -318,8 +315,7 @@ def generator(*key):
     return torch.Generator().manual_seed(seed_of(*key))
 
 class Watch:
-    """What ends a loop between two steps: a signal or too many unreadable images. All processes agree on
-    it."""
+    """What ends a loop between two steps: a signal, or too many unreadable images, at any process."""
     def __init__(self, images, data):
         self.images, self.data, self.unreadable, self.caught = images, data, set(), set()
         self.parent = os.getppid()
@@ -381,8 +377,7 @@ def to_rgb(image):
     return TF.pil_to_tensor(image.convert("RGB"))
 
 def read_image(path):
-    """Image file -> (3, H, W) uint8. torchvision decodes JPEG, as it is faster; PIL does the rest. Raises
-    OSError."""
+    """Image file -> (3, H, W) uint8. torchvision decodes JPEG, being faster, PIL the rest. Raises OSError."""
     try:
         from torchvision.io import ImageReadMode, decode_jpeg, read_file   # newer ones may lack these
         return decode_jpeg(read_file(path), ImageReadMode.RGB)
@@ -437,8 +432,7 @@ def name_of(images, index):
 # ------------------------------------------------------------------------------------------ data: views (A.1)
 class MultiCrop(Dataset):
     """(epoch, index) -> uint8 crops (2, S, S, 3) and (L, s, s, 3), channels last as torch's resize leaves
-    them. For an unreadable image comes the next one; its index and the reason are the last two items, else -1
-    and ""."""
+    them. For an unreadable image comes the next; its index and the reason come last, else -1 and ""."""
     def __init__(self, images, cfg):
         self.images, self.cfg = images, cfg
 
@@ -616,8 +610,7 @@ def no_drop_path(net):
             m.drop_prob = 0.0
 
 def create_model(name, kwargs, drop_path, flag):
-    """timm.create_model, with those options for views of several sizes that the model knows. Raises
-    UserError."""
+    """timm.create_model, with the options for views of several sizes that a model knows. Raises UserError."""
     timm_name = TIMM_NAMES.get(name, name)
     if not timm.is_model(timm_name):
         close = difflib.get_close_matches(name.lower().replace("-", "_"), [*TIMM_NAMES, *timm.list_models()])
@@ -637,8 +630,7 @@ def create_model(name, kwargs, drop_path, flag):
 def build_backbone(name, model_kwargs=None, patch_size=16, pool="mean", sizes=(224, 96), drop_path=0.0,
                    flag="--arch"):
     """A timm model, by the paper's short name or its own, that takes views of all sizes -> Backbone with
-    timm_name, timm_kwargs, family ("cnn" with batch norm, else "vit"), dim (C), num_tokens (N at sizes[0]).
-    Raises UserError."""
+    timm_name, timm_kwargs, family ("cnn": batch norm, or "vit"), dim C, num_tokens N. Raises UserError."""
     kwargs = dict(model_kwargs or {})
     if name in TIMM_NAMES and name.startswith("vit_") and patch_size != 16:
         kwargs.setdefault("patch_size", patch_size)
@@ -649,8 +641,7 @@ def build_backbone(name, model_kwargs=None, patch_size=16, pool="mean", sizes=(2
         backbone.family = "cnn"
         no_drop_path(model)
 
-    # Try every view size now, because a model that cannot take one would fail in the middle of the first
-    # step.
+    # Try every view size now, because a model that cannot take one would fail in the first step.
     for size in reversed(sizes):
         try:
             pooled, tokens = backbone(torch.rand(2, 3, size, size))
@@ -692,6 +683,8 @@ def load_backbone(backbone, file, flag):
         state = {name.removeprefix(prefix): w for name, w in theirs.items() if name.startswith(prefix)}
         if used <= state.keys():
             break
+    else:
+        state = theirs
     wrong = [name for name in own if name in state and state[name].shape != own[name].shape]
     wrong += sorted(used - state.keys())
     if wrong:
@@ -703,8 +696,7 @@ def load_backbone(backbone, file, flag):
 
 # --------------------------------------------------------------------------- heads (3.4) and the search (3.3)
 def last_layer(in_dim, out_dim, learn_gain=True):
-    """Weight-normalized linear layer: gain * direction / |direction| for each logit, no bias, gain 1 at
-    first."""
+    """Weight-normalized linear layer: gain * direction / |direction| for each logit; the first gain is 1."""
     layer = weight_norm(nn.Linear(in_dim, out_dim, bias=False))
     gain = layer.parametrizations.weight.original0
     nn.init.ones_(gain).requires_grad_(learn_gain)
@@ -787,8 +779,7 @@ class Net(nn.Module):
                                 backbone.num_tokens, cfg.t_norm, cfg.recipe == "release")
 
     def forward(self, x):
-        """Views by resolution -> m (V, B, K), t (V, B, K) or None, Representation. Each resolution is one
-        pass."""
+        """Views by resolution, a pass each -> m (V, B, K), t (V, B, K) or None, Representation."""
         outputs, B = [self.backbone(views) for views in x], len(x[0]) // 2
         Z = Representation(torch.cat([pooled for pooled, _ in outputs]), [tokens for _, tokens in outputs])
         m, t = self.mlp_head(Z.pooled).unflatten(0, (-1, B)), None
@@ -797,8 +788,7 @@ class Net(nn.Module):
         return m, t, Z
 
 def search_pairs(V, which):
-    """Which views search: (g, v) says that student view v searches global view g of the other momentum
-    net."""
+    """Which views search: (g, v) for student view v that searches the other momentum net's view g."""
     if which == "global":   # Algorithm 1's own two pairs
         return [(0, 1), (1, 0)]
     if which == "local":    # the released code's
@@ -831,8 +821,7 @@ def cross_entropy(p, s, student_temp=0.1):
 
 def H(t, s, center=0.0, teacher_temp=0.07, student_temp=0.1, pairs=None):
     """H(t, s) of Algorithm 1 for momentum logits t (G, B, K) and a student's s (V, B, K), averaged over pairs
-    of views: sum(H(t[g], s[v]) for g, v in pairs) / len(pairs). By default all pairs of different views
-    count."""
+    of views: sum(H(t[g], s[v]) for g, v in pairs) / len(pairs). By default all different views."""
     pairs = pairs or [(g, v) for g in range(len(t)) for v in range(len(s)) if v != g]
     return MultiCropH.apply(s, t, center, teacher_temp, student_temp, pairs)
 
@@ -843,8 +832,7 @@ class MultiCropH(torch.autograd.Function):
     again, view by view. The targets of a view are added up first, which saves passes over its logits."""
     @staticmethod
     def views_and_targets(t, s, center, teacher_temp, pairs):
-        """Yields each view v of s that has targets, and their sum (B, K), made once for views with the
-        same."""
+        """Yields each view v of s with targets, and their sum (B, K), made once for views with the same."""
         learners = {}   # rows of t -> the views that learn from them
         for v in range(len(s)):
             rows = tuple(g for g, w in pairs if w == v)
@@ -917,7 +905,7 @@ class Model:
         self.net = Net(backbone, cfg)
         self.momentum_net = copy.deepcopy(self.net).requires_grad_(False)   # n_.params = n.params
         no_drop_path(self.momentum_net)   # stochastic depth is for the student
-        if cfg.grad_checkpointing:
+        if cfg.grad_checkpointing:   # it updates student batch norms' statistics twice; no step reads those
             backbone.model.set_grad_checkpointing()
         for net in (self.net, self.momentum_net):
             net.to(device, memory_format=memory_format(device))
@@ -937,8 +925,7 @@ class Model:
             self.distributed = ddp(self.net, gpus, gradient_as_bucket_view=True)
 
     def make_optimizers(self, device):
-        """One optimizer (3.4), or two where a CNN's T-Head has another kind. Whatever is in the net is
-        trained."""
+        """One optimizer (3.4), or two where a CNN's T-Head has another kind, for all that is in the net."""
         cfg, kinds = self.cfg, dict(sgd={}, adamw={})
         for name, p in self.net.named_parameters():
             cnn_t_head = self.family == "cnn" and name.startswith("t_head.")
@@ -983,14 +970,12 @@ class Model:
 
     @torch.no_grad()
     def update_momentum_net(self, l):
-        """n_.params = l * n_.params + (1 - l) * n.params. Batch-norm statistics are the momentum net's
-        own."""
+        """n_.params = l * n_.params + (1 - l) * n.params. Batch-norm statistics are n_'s own."""
         torch._foreach_lerp_(self.params_, self.params, 1 - l)
 
     @torch.no_grad()
     def update_centers(self, m_, t_):
-        """C = c C + (1 - c) mean of the momentum logits over both global views, the batch and the
-        processes."""
+        """C = c C + (1 - c) mean of the momentum logits over global views, batch and processes."""
         logits = [m_] if t_ is None else [m_, t_]
         means = mean_over_processes(torch.stack([x.float().mean((0, 1)) for x in logits]))
         for C, mean in zip((self.C_m, self.C_t), means):
@@ -1154,8 +1139,7 @@ def knn_accuracy(backbones, train, val, cfg, device, rank=0, world=1):
 
 # ---------------------------------------------------------------------------------------- checkpoints and log
 def write(value, path):
-    """torch.save to a temporary file that is then renamed, so a file under its name is whole. Raises
-    OSError."""
+    """torch.save to a temporary file, then renamed, so a file under its name is whole. Raises OSError."""
     try:
         torch.save(value, path + ".tmp")
         os.replace(path + ".tmp", path)
@@ -1182,8 +1166,7 @@ def save(cfg, models, step, scaler, n_images):
         write(state | {f"model{m.i}": m.state() for m in models}, f"{cfg.out}/checkpoint.pth")
 
 def read_checkpoint(path, advice="Delete it to start anew, or give another --out"):
-    """-> the dict of a checkpoint. Raises UserError where it is none, is damaged, or cannot be read just
-    now."""
+    """-> the dict of a checkpoint. Raises UserError if it is none, damaged, or not to be read just now."""
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()   # compares check sums, so one flipped bit is seen
@@ -1192,6 +1175,8 @@ def read_checkpoint(path, advice="Delete it to start anew, or give another --out
             state["config"]["seed"], state["step"]   # it must have these
             return state
         reason = f"{damaged} in it has another check sum"
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file. {advice}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read just now ({error.strerror}); it may be sound") from error
     except Exception as error:   # damage has many names
@@ -1199,8 +1184,7 @@ def read_checkpoint(path, advice="Delete it to start anew, or give another --out
     raise UserError(f"{path}: damaged, or no checkpoint of this program ({reason}). {advice}")
 
 def refuse_other_settings(path, saved, cfg):
-    """Compare settings with those of a checkpoint. What may differ is said; the rest raises UserError with a
-    list."""
+    """Compare settings with a checkpoint's. What may differ is said; the rest raises UserError, listed."""
     differ, changed = [], []
     for f in fields(cfg):
         was, now = saved.get(f.name, f.default), getattr(cfg, f.name)   # an old checkpoint may lack some
@@ -1213,8 +1197,7 @@ def refuse_other_settings(path, saved, cfg):
         say(f"resuming {path} with other settings: {'; '.join(changed)}")
 
 def find_checkpoint(cfg, n_images):
-    """-> the checkpoint of --out, or None. Raises UserError where it is of other settings, or processes
-    disagree."""
+    """-> the checkpoint of --out, or None. Raises UserError: other settings, or processes disagree."""
     path, state = f"{cfg.out}/checkpoint.pth", None
     if os.path.exists(path):
         state = read_checkpoint(path)
@@ -1302,8 +1285,7 @@ def log(cfg, record, last=True):
 
 # --------------------------------------------------------------------------------------------------- training
 def train(cfg, models, images, val, state, device, rank, world):
-    """Train to the end, from the checkpoint `state` if there is one. Raises UserError, on a signal after
-    saving."""
+    """Train to the end, from the checkpoint `state` if there is one. On a signal saves, raises UserError."""
     scaler, step = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16"), 0
     if state:
         try:
@@ -1381,8 +1363,7 @@ def turn(u, v, angle):
     return angle.cos() * u + angle.sin() * v, angle.cos() * v - angle.sin() * u
 
 def outside(shape, u, v):
-    """How far points (u, v) lie outside of one of the toy's eight shapes, all of one area; negative
-    inside."""
+    """How far points (u, v) lie outside of one of eight shapes, all of one area; negative inside."""
     r = torch.hypot(u, v)
     shapes = [r - 0.7,                                                   # disk
               (r - 0.75).abs() - 0.15,                                   # ring
@@ -1508,13 +1489,14 @@ def sentence_for(error):
                 "--grad_checkpointing, fewer --local_crops, a lower --out_dim")
     if "DataLoader worker" in text and ("killed" in text or "exited" in text):
         return f"a loader process is gone, perhaps because memory ran out: try fewer --workers ({text})"
+    if "Expected more than 1 value per channel" in text:
+        return "batch norm needs more than one value: raise --batch_size or the sizes of views"
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         return "out of memory: lower --batch_size, --workers or --out_dim"
     return None
 
 def main(argv=None, program="mokd.py", parse=parse_args, run=run):
-    """Run a program of this project -> its exit code. What stops it is one sentence, and no process outlives
-    it."""
+    """Run a program of this project -> exit code. What stops it is a sentence; no process outlives it."""
     try:
         run(parse(argv))
         return 0

@@ -1,0 +1,91 @@
+"""Tables of many runs: reads folders of runs, prints markdown.
+
+    python extras/results.py runs/study
+
+A run of mokd.py lies in FOLDER/ROW/SEED. A row is called PAIR-WHAT, and PAIR-sm is the independent training (--losses sm)
+with which all rows of this pair are compared, seed by seed. k-NN is the last that log.jsonl has (--knn_every); linear
+probing is the best rate's last top-1 in linear/results.json, where eval_linear.py has written one.
+"""
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+
+def read_knn(run):
+    """-> the last k-NN top-1 of both models in a run's log, or None. A line torn by a kill is passed over."""
+    found = None
+    with open(os.path.join(run, "log.jsonl")) as f:
+        for line in f:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if "knn1" in record:
+                found = record["knn1"], record["knn2"]
+    return found
+
+def read_linear(run):
+    """-> linear probing top-1 of both models at each one's best rate, or None."""
+    file = os.path.join(run, "linear", "results.json")
+    if not os.path.exists(file):
+        return None
+    with open(file) as f:
+        results = json.load(f)["results"]
+    return tuple(max(rate["top1"] for rate in results[name].values()) for name in sorted(results))
+
+def read_runs(folder, read):
+    """-> {row: {seed: (model 1, model 2)}} of the runs that have what `read` reads."""
+    rows = {}
+    for row in sorted(os.listdir(folder)):
+        for seed in sorted(os.listdir(os.path.join(folder, row))):
+            run = os.path.join(folder, row, seed)
+            if os.path.exists(os.path.join(run, "log.jsonl")):
+                values = read(run)
+                if values:
+                    rows.setdefault(row, {})[seed] = values
+    return rows
+
+def mean_and(values, spread):
+    """'66.5 ± 2.4' of a list of numbers; one number has no spread."""
+    mean = statistics.mean(values)
+    return f"{mean:.1f} ± {spread(values):.1f}" if len(values) > 1 else f"{mean:.1f}"
+
+def standard_error(values):
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+def difference(row, base, model):
+    """'+4.8 ± 2.2': the mean of the differences to the independent run of the same seed, and its standard error."""
+    seeds = sorted(row.keys() & base.keys())
+    if row is base or not seeds:
+        return ""
+    text = mean_and([row[seed][model] - base[seed][model] for seed in seeds], standard_error)
+    return text if text.startswith("-") else "+" + text
+
+def table(rows):
+    """{row: {seed: (model 1, model 2)}} -> lines of markdown: mean ± standard deviation over seeds, and the differences."""
+    lines = ["| row | seeds | model 1 | model 2 | model 1 less independent | model 2 less independent |",
+             "|---|---|---|---|---|---|"]
+    for name, row in rows.items():
+        base = rows.get(name.split("-")[0] + "-sm", {})
+        cells = [mean_and([values[model] for values in row.values()], statistics.stdev) for model in (0, 1)]
+        cells += [difference(row, base, model) for model in (0, 1)]
+        lines.append(f"| {name} | {', '.join(row)} | " + " | ".join(cells) + " |")
+    return lines
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="extras/results.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="folder of runs, FOLDER/ROW/SEED")
+    folder = parser.parse_args(argv).folder
+    if not os.path.isdir(folder):
+        parser.error(f"{folder}: no such folder")
+    for title, read in (("k-NN top-1, %", read_knn), ("Linear probing top-1, %", read_linear)):
+        rows = read_runs(folder, read)
+        if rows:
+            print(f"**{title}**\n\n" + "\n".join(table(rows)) + "\n")
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Every command in README.md and extras/*.md is read by the program that it calls: one that no longer parses is red.
+
+    python -m pytest -q extras/test_docs.py
+"""
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+sys.path[:0] = [ROOT, HERE]
+import benchmark   # noqa: E402
+import eval_coco   # noqa: E402
+import eval_knn   # noqa: E402
+import eval_linear   # noqa: E402
+import figures   # noqa: E402
+import mokd   # noqa: E402
+
+PARSERS = {"mokd.py": mokd.parse_args, "eval_knn.py": eval_knn.parse, "eval_linear.py": eval_linear.parse,
+           "extras/eval_coco.py": eval_coco.parse, "extras/figures.py": figures.parse,
+           "extras/benchmark.py": benchmark.parse}
+FILES = ["README.md", "extras/README.md", "extras/RESULTS.md", "extras/TABLES.md"]
+STUBS = """
+S=0; HOST=localhost
+python() { printf '%s\\t' "$@"; echo; }
+torchrun() { while [[ "$1" == --* ]]; do shift; done; python "$@"; }
+python3() { :; }; pip() { :; }; ln() { :; }; mkdir() { :; }; source() { :; }; .() { :; }
+"""
+
+
+def text_of(file):
+    with open(os.path.join(ROOT, file)) as f:
+        return f.read()
+
+
+def scripts_of(file):
+    """The shell of a markdown file: its bash blocks, and those cells of its tables that are commands, after the first block."""
+    text = text_of(file)
+    blocks = [block for block in re.findall(r"```bash\n(.*?)```", text, re.S) if "ln -s" not in block]
+    cells = re.findall(r"\| `(R=[^`]*)` \|", text)
+    return blocks + ["\n".join([blocks[0], cell]) for cell in cells] if cells else blocks
+
+
+def calls_of(file):
+    """-> lists of words, as the programs of a markdown file are called."""
+    calls = []
+    script = STUBS + "\n".join(f"(\n{script}\n) || exit 1" for script in scripts_of(file))
+    script = re.sub(r"^(.*)\. \.venv/bin/activate", r"\1:", script, flags=re.M)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        words = line.rstrip("\t").split("\t")
+        calls.append(words)
+    return calls
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_command_is_read_by_its_program(file):
+    calls = [words for words in calls_of(file) if words[0] not in ("-m", "-c")]   # pytest, and lines of Python
+    assert calls
+    for program, *args in calls:
+        assert program in PARSERS, (file, program)
+        args = [arg for arg in args if arg != "..."]
+        try:
+            PARSERS[program](args)
+        except (SystemExit, mokd.UserError) as error:
+            pytest.fail(f"{file}: {program} {' '.join(args)}: {error}")
+
+
+def test_every_flag_that_the_text_names_exists():
+    known = set()
+    for program in (mokd.Config, eval_knn.Config, eval_linear.Config, eval_coco.Config, figures.Config):
+        known |= {f"--{name}" for name in program.__dataclass_fields__}
+    others = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}   # torchrun's
+    others |= {"--steps", "--memory", "--compare", "--gpu"}   # those of extras/benchmark.py
+    for file in FILES:
+        for name in re.findall(r"`(--[a-z0-9_]+)", text_of(file)):
+            assert name in known | others, (file, name)
+
+
+def test_every_file_that_the_text_links_exists():
+    for file in FILES:
+        for link in re.findall(r"\]\(([^)#]+)", text_of(file)):
+            if not link.startswith("http"):
+                assert os.path.exists(os.path.join(ROOT, os.path.dirname(file), link)), (file, link)
+
+
+def test_tables_have_a_command_in_every_row_of_the_papers_own():
+    """97 rows: pairs and alone, Tables 1 to 9 and S1 to S3. Each trains before it evaluates, in a folder of its own settings."""
+    cells = re.findall(r"\| `(R=[^`]*)` \|", text_of("extras/TABLES.md"))
+    assert len(cells) == 97
+    trained = {}
+    for words in calls_of("extras/TABLES.md"):
+        if words[0] == "mokd.py":
+            out = words[words.index("--out") + 1]
+            assert trained.setdefault(out, words) == words, out
+        elif "--checkpoint" in words:
+            for file in words[words.index("--checkpoint") + 1:]:
+                if not file.endswith(".pth"):
+                    break
+                assert os.path.dirname(file) in trained, words
