@@ -72,7 +72,7 @@ def test_computed_flops_are_those_that_torch_counts_in_a_real_step():
         mokd.train_step(*models, x, cfg, benchmark.now_of(cfg))
     assert computed.total() == pytest.approx(counter.get_total_flops(), rel=0.03)
     students = sum(n for part, n in computed.items() if part.startswith(("backbone", "logits", "students")))
-    assert computed["backward"] == pytest.approx(2 * students, rel=0.1)   # but for the images' gradient
+    assert students < computed["backward"] <= 2.05 * students   # images need no gradient: here the stem is much
     assert computed["search"] > 0 and "search" not in benchmark.compute(settings("--losses", "sm")).flops
 
 
