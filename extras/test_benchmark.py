@@ -55,10 +55,10 @@ def measured_peak(cfg):
     [], ["--losses", "sm"], ["--recipe", "release"], ["--dtype", "bf16"], ["--grad_checkpointing", "on"],
     VITS], ids=" ".join)
 def test_computed_memory_is_that_of_a_real_step(args):
-    cfg = settings("--batch_size", 64, "--out_dim", 2048, "--drop_path", 0, *args)
+    cfg = settings("--batch_size", 8, "--out_dim", 2048, "--drop_path", 0, *args)
     computed, measured = benchmark.compute(cfg).peak, measured_peak(cfg)
     print(f"computed {computed / 1e6:.1f} MB, measured {measured / 1e6:.1f} MB: {computed / measured:.3f}")
-    assert computed == pytest.approx(measured, rel=0.03)
+    assert computed == pytest.approx(measured, rel=0.02)
 
 
 def test_computed_flops_are_those_that_torch_counts_in_a_real_step():
@@ -72,8 +72,17 @@ def test_computed_flops_are_those_that_torch_counts_in_a_real_step():
         mokd.train_step(*models, x, cfg, benchmark.now_of(cfg))
     assert computed.total() == pytest.approx(counter.get_total_flops(), rel=0.03)
     students = sum(n for part, n in computed.items() if part.startswith(("backbone", "logits", "students")))
-    assert students < computed["backward"] <= 2.05 * students   # images need no gradient: here the stem is much
+    assert students < computed["backward"] <= 2.05 * students   # images need no gradient
     assert computed["search"] > 0 and "search" not in benchmark.compute(settings("--losses", "sm")).flops
+
+
+def test_fused_attention_counts_as_two_matrix_products():
+    q = torch.randn(2, 3, 16, 8, requires_grad=True)
+    with benchmark.Meter() as meter:
+        out = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        forward = meter.flops.total()
+        out.sum().backward()
+    assert forward == 2 * 2 * (2 * 3 * 16 * 16 * 8) and meter.flops.total() == 3.5 * forward
 
 
 def test_memory_is_printed_by_part_and_grows_with_the_batch(capsys):
