@@ -11,6 +11,7 @@ folder. One process is timed, so --batch_size is the images of one device.
 import argparse
 import contextlib
 import copy
+import gc
 import os
 import random
 import sys
@@ -407,7 +408,9 @@ def measure(argv, device, steps, batch_sizes):
     for batch_size in batch_sizes:
         cfg = mokd.parse_args([*argv, "--batch_size", str(batch_size)])
         mokd.fill_in_machine(cfg, device, 1)
-        if device.type == "cuda":
+        if device.type == "cuda":   # nothing of the row before may count
+            torch.compiler.reset()
+            gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         try:
