@@ -950,6 +950,16 @@ def test_any_image_becomes_rgb(tmp_path):
         assert difference < (6 if kind in ("jpg", "gif") else 1), name
 
 
+def test_without_torchvisions_decoder_pil_reads_and_this_is_said_once(folder, monkeypatch, capsys):
+    cfg = config("--data", folder)
+    before = mokd.get_data(cfg)[0][0][0]
+    assert "decodes no JPEGs" not in capsys.readouterr().out
+    monkeypatch.setattr(mokd, "decode_jpeg", None)
+    after = mokd.get_data(cfg)[0][0][0]
+    assert capsys.readouterr().out.count("decodes no JPEGs") == 1
+    assert (before.int() - after.int()).abs().max() <= 3
+
+
 def test_crops_depend_on_seed_epoch_and_index_alone():
     cfg = config()
     images, _ = mokd.get_data(cfg)

@@ -2,9 +2,9 @@
 
     python extras/results.py runs/study
 
-A run of mokd.py lies in FOLDER/ROW/SEED. A row is called PAIR-WHAT, and PAIR-sm is the independent training (--losses sm)
-with which all rows of this pair are compared, seed by seed. k-NN is the last that log.jsonl has (--knn_every); linear
-probing is the best rate's last top-1 in linear/results.json, where eval_linear.py has written one.
+A run of mokd.py lies in FOLDER/ROW/SEED. A row is called PAIR-WHAT; PAIR-sm is independent training (--losses
+sm), with which all rows of this pair are compared, seed by seed. k-NN is the last of log.jsonl (--knn_every).
+Linear probing is the best rate's last top-1 in linear/results.json, where eval_linear.py has written one.
 """
 import argparse
 import json
@@ -56,7 +56,7 @@ def standard_error(values):
     return statistics.stdev(values) / math.sqrt(len(values))
 
 def difference(row, base, model):
-    """'+4.8 ± 2.2': the mean of the differences to the independent run of the same seed, and its standard error."""
+    """'+4.8 ± 2.2': the mean difference to the independent run of the same seed, and its standard error."""
     seeds = sorted(row.keys() & base.keys())
     if row is base or not seeds:
         return ""
@@ -64,7 +64,7 @@ def difference(row, base, model):
     return text if text.startswith("-") else "+" + text
 
 def table(rows):
-    """{row: {seed: (model 1, model 2)}} -> lines of markdown: mean ± standard deviation over seeds, and the differences."""
+    """{row: {seed: (model 1, model 2)}} -> lines of markdown: mean ± deviation over seeds, differences."""
     lines = ["| row | seeds | model 1 | model 2 | model 1 less independent | model 2 less independent |",
              "|---|---|---|---|---|---|"]
     for name, row in rows.items():

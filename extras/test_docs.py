@@ -1,4 +1,4 @@
-"""Every command in README.md and extras/*.md is read by the program that it calls: one that no longer parses is red.
+"""Every command in README.md and extras/*.md is read by the program that it calls.
 
     python -m pytest -q extras/test_docs.py
 """
@@ -37,10 +37,10 @@ def text_of(file):
 
 
 def scripts_of(file):
-    """The shell of a markdown file: its bash blocks, and those cells of its tables that are commands, after the first block."""
+    """The shell of a markdown file: its bash blocks; commands in its tables, after the first block."""
     text = text_of(file)
     blocks = [block for block in re.findall(r"```bash\n(.*?)```", text, re.S) if "ln -s" not in block]
-    cells = re.findall(r"\| `(R=[^`]*)` \|", text)
+    cells = re.findall(r"\| `([A-Z]=[^`]*)` \|", text)
     return blocks + ["\n".join([blocks[0], cell]) for cell in cells] if cells else blocks
 
 
@@ -59,7 +59,7 @@ def calls_of(file):
 
 @pytest.mark.parametrize("file", FILES)
 def test_every_command_is_read_by_its_program(file):
-    calls = [words for words in calls_of(file) if words[0] not in ("-m", "-c")]   # pytest, and lines of Python
+    calls = [words for words in calls_of(file) if words[0] not in ("-m", "-c")]   # pytest, lines of Python
     assert calls
     for program, *args in calls:
         assert program in PARSERS, (file, program)
@@ -89,8 +89,8 @@ def test_every_file_that_the_text_links_exists():
 
 
 def test_tables_have_a_command_in_every_row_of_the_papers_own():
-    """97 rows: pairs and alone, Tables 1 to 9 and S1 to S3. Each trains before it evaluates, in a folder of its own settings."""
-    cells = re.findall(r"\| `(R=[^`]*)` \|", text_of("extras/TABLES.md"))
+    """Each row trains before it evaluates, and a folder has one run's settings."""
+    cells = re.findall(r"\| `([A-Z]=[^`]*)` \|", text_of("extras/TABLES.md"))
     assert len(cells) == 97
     trained = {}
     for words in calls_of("extras/TABLES.md"):
@@ -102,3 +102,24 @@ def test_tables_have_a_command_in_every_row_of_the_papers_own():
                 if not file.endswith(".pth"):
                     break
                 assert os.path.dirname(file) in trained, words
+
+
+def test_results_are_means_deviations_and_paired_differences(tmp_path, capsys):
+    import json
+    import results
+    top1 = {"cnns-sm": {"0": (50.0, 40.0), "1": (54.0, 44.0)},
+            "cnns-all": {"0": (53.0, 40.0), "1": (55.0, 46.0)}}
+    for row, seeds in top1.items():
+        for seed, (knn1, knn2) in seeds.items():
+            run = tmp_path / row / seed
+            (run / "linear").mkdir(parents=True)
+            lines = [json.dumps(dict(epoch=i, knn1=i * knn1, knn2=i * knn2)) for i in (0, 1)]
+            (run / "log.jsonl").write_text("\n".join([*lines, '{"torn']))
+            rates = {"1 a": {"0.1": dict(top1=knn1 + 1), "1": dict(top1=knn1 - 9)},
+                     "2 b": {"0.1": dict(top1=knn2)}}
+            (run / "linear" / "results.json").write_text(json.dumps(dict(results=rates)))
+    assert results.main([str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "| cnns-all | 0, 1 | 54.0 ± 1.4 | 43.0 ± 4.2 | +2.0 ± 1.0 | +1.0 ± 1.0 |" in text
+    assert "| cnns-sm | 0, 1 | 52.0 ± 2.8 | 42.0 ± 2.8 |  |  |" in text
+    assert "| cnns-all | 0, 1 | 55.0 ± 1.4" in text

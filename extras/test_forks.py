@@ -1,8 +1,7 @@
-"""Each patch in extras/forks is applied to a copy of mokd.py, trained for a few steps, and shown to have its effect.
+"""Each patch in extras/forks is applied to a copy of mokd.py, which trains a little and shows its effect.
 
     python -m pytest -q extras/test_forks.py
 """
-import glob
 import json
 import os
 import re
@@ -17,10 +16,11 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 NETS = ("--arch1 vit_tiny --model_kwargs1 img_size=32 patch_size=8 embed_dim=32 depth=1 num_heads=2 "
         "--arch2 vit_tiny --model_kwargs2 img_size=32 patch_size=8 embed_dim=24 depth=1 num_heads=2").split()
-SMALL = ("--data toy --out_dim 32 --hidden_dim 16 --bottleneck_dim 8 --t_dim 24 --t_heads 2 --t_depth 1 --global_size 32 "
-         "--local_size 16 --local_crops 2 --batch_size 128 --epochs 1 --warmup_epochs 0 --teacher_temp_epochs 1 "
+SMALL = ("--data toy --out_dim 32 --hidden_dim 16 --bottleneck_dim 8 --t_dim 24 --t_heads 2 --t_depth 1 "
+         "--global_size 32 --local_size 16 --local_crops 2 --batch_size 128 --epochs 1 --warmup_epochs 0 "
+         "--teacher_temp_epochs 1 "
          "--workers 0 --freeze_last_layer 0 --vit_lr 0.001 --blur 0 0 --log_every 1").split()
-FORKS = sorted(os.path.basename(file)[:-len(".patch")] for file in glob.glob(os.path.join(HERE, "forks", "*.patch")))
+FORKS = sorted(file.removesuffix(".patch") for file in os.listdir(os.path.join(HERE, "forks")))
 
 
 def fork(name, folder):
@@ -36,8 +36,9 @@ def fork(name, folder):
 def train(folder, *args, processes=1):
     """Train 32 steps of 128 images -> checkpoint, log records."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes == 2 else []
-    done = subprocess.run([sys.executable, *launch, "mokd.py", *SMALL, *NETS, "--out", "out", *map(str, args)], cwd=folder,
-                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, *launch, "mokd.py", *SMALL, *NETS, "--out", "out", *map(str, args)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     with open(folder / "out" / "log.jsonl") as f:
         records = [json.loads(line) for line in f]
@@ -76,13 +77,15 @@ def test_projector_moves_is_averaged_and_saved(processes, tmp_path):
         weight = state[model]["net"]["projector.weight"]
         average = state[model]["momentum_net"]["projector.weight"]
         assert weight.shape[0] == 64 and not torch.equal(weight, average)
-        kept = sum(len(group["params"]) for optimizer in state[model]["optimizers"] for group in optimizer["param_groups"])
+        groups = [group for optimizer in state[model]["optimizers"] for group in optimizer["param_groups"]]
+        kept = sum(len(group["params"]) for group in groups)
         assert kept == len(state[model]["net"])   # every parameter of the net; these nets have no buffers
 
 
 def test_mixer_takes_the_place_of_the_t_head(plain, tmp_path):
     state, records = train(fork("mixer", tmp_path / "f"))
-    assert "t_head.blocks.0.mlp_tokens.fc1.weight" in state["model1"]["net"] and "t_head.pos" not in state["model1"]["net"]
+    names = state["model1"]["net"]
+    assert "t_head.blocks.0.mlp_tokens.fc1.weight" in names and "t_head.pos" not in names
     assert records[0]["sm1"] == plain[1][0]["sm1"] and records[0]["ct1"] != plain[1][0]["ct1"]
     assert records[-1]["loss1"] < records[0]["loss1"]
 
