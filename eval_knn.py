@@ -43,7 +43,7 @@ class Source:
 
     data: str = flag("", "folder with train/ and val/, torchvision's, or toy; unset: the run's", group="data")
     data_root: str = flag("", "folder of torchvision data sets; unset: the run's, else data", may_differ=True)
-    image_size: int = flag(None, "pixels of an image; unset: the run's --global_size, else 224 [A.2]", low=1)
+    image_size: int = flag(None, "pixels of an image; unset: the run's --global_size, else 224 [DINO]", low=1)
     resize: int = flag(None, "shorter side before the crop; unset: image_size * 256 / 224 [DINO]", low=1)
     workers: int = flag(None, "loaders of each process; unset: its share of the cores", may_differ=True)
     seed: int = flag(0, "seed of everything that is drawn")

@@ -36,6 +36,10 @@ from timm.models.vision_transformer import Block
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torchvision.transforms.v2 import RandomResizedCrop, functional as TF
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg, read_file
+except ImportError:   # torchvision announces to leave decoding to another package
+    decode_jpeg = None
 
 class UserError(Exception):
     """Ends the program with a sentence for the user. Code 2: the command was wrong; 1: the run failed."""
@@ -379,9 +383,9 @@ def to_rgb(image):
 def read_image(path):
     """Image file -> (3, H, W) uint8. torchvision decodes JPEG, being faster, PIL the rest. Raises OSError."""
     try:
-        from torchvision.io import ImageReadMode, decode_jpeg, read_file   # newer ones may lack these
-        return decode_jpeg(read_file(path), ImageReadMode.RGB)
-    except (ImportError, RuntimeError):
+        if decode_jpeg:
+            return decode_jpeg(read_file(path), ImageReadMode.RGB)
+    except RuntimeError:   # no JPEG, or damaged: PIL decides
         pass
     try:
         with Image.open(path) as image:
@@ -399,6 +403,8 @@ def get_data(cfg):
             train = cfg.data
             if os.path.isdir(val):
                 raise UserError(f"--data {cfg.data}: has val/ but no train/: rename the training folder")
+        if decode_jpeg is None:
+            say("this torchvision decodes no JPEGs, so PIL does, 1 ms an image slower: try more --workers")
         try:
             images = torchvision.datasets.ImageFolder(train, loader=read_image)
             if not os.path.isdir(val):
@@ -1030,8 +1036,7 @@ def train_step(model1, model2, x, cfg, now, scaler=None):
     loss_st1 = H(t1_, t1, C_t1, temp1, tau) if "st" in losses else zero
     loss_st2 = H(t2_, t2, C_t2, temp2, tau) if "st" in losses else zero
 
-    # Cross-distillation (3.3) through the MLP-Heads, eq. (5), and the search, eq. (7), which the paper also
-    # calls loss_it
+    # Cross-distillation (3.3) through the MLP-Heads, eq. (5), and the search, eq. (7); printed loss_it, too
     loss_cm1 = H(m2_, m1, C_m2, temp, tau) if "cm" in losses else zero
     loss_cm2 = H(m1_, m2, C_m1, temp, tau) if "cm" in losses else zero
     loss_ct1 = H(t2_s, t1, C_s2, temp, tau, rows) if "ct" in losses else zero
