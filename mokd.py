@@ -449,8 +449,9 @@ class MultiCrop(Dataset):
             try:
                 image = to_rgb(self.images[i % len(self.images)][0])
                 break
-            except UNREADABLE as error:   # the training loop names and counts it
-                bad, reason = i % len(self.images), str(error)
+            except UNREADABLE as error:
+                if i == index:   # the training loop names and counts the image that was asked for
+                    bad, reason = index, str(error)
         with torch.random.fork_rng(devices=[]):   # torchvision draws crops from the global generator
             torch.default_generator.manual_seed(seed_of(cfg.seed, epoch, index))
             views = [self.crop(image, cfg.global_size, cfg.global_scale) for _ in range(2)]

@@ -1395,7 +1395,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(uninterrupted, tmp_pa
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     code, _, stderr = run(tmp_path, *short(data), preexec_fn=no_room)
-    assert code == 1 and "training goes on" in stderr and "make room there and start again" in stderr
+    assert code == 1 and "training goes on" in stderr and "make room and start again" in stderr
     assert not (tmp_path / "checkpoint.pth").exists()
 
 
