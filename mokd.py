@@ -415,7 +415,7 @@ def get_data(cfg):
                             f"classes go into one, {train}/all") from error
     if cfg.data not in TORCHVISION:
         raise UserError(f"--data {cfg.data}: no such folder. Give a folder with train/ and val/ or with "
-                        f"class folders, or one of toy, {', '.join(TORCHVISION)}")
+                        f"class folders, or one of toy, {', '.join(TORCHVISION)}; --demo needs no data")
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0   # one process of a machine downloads, the others wait
     if dist.is_initialized() and not first:
         dist.barrier()
@@ -1181,7 +1181,7 @@ def read_checkpoint(path, advice="Delete it to start anew, or give another --out
             state["config"]["seed"], state["step"]   # it must have these
             return state
         reason = f"{damaged} in it has another check sum"
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise UserError(f"{path}: no such file. {advice}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read just now ({error.strerror}); it may be sound") from error
@@ -1460,7 +1460,7 @@ def run(cfg):
     device, rank, world = join_processes()
     images, val = get_data(cfg)
     if len(images) < cfg.batch_size:
-        raise UserError(f"--batch_size {cfg.batch_size}: --data {cfg.data} has {len(images)} images")
+        raise UserError(f"--batch_size {cfg.batch_size}: lower it, --data has {len(images)} images")
     if cfg.knn_every or cfg.demo:
         refuse_unlike_classes(images, val, cfg.data)
     models = build_models(cfg, device, world)
@@ -1483,7 +1483,10 @@ def run(cfg):
         say(f"{cfg.arch1:18}{before[1]:>12.1f}{after[0]:>8.1f}")
         say(f"{cfg.arch2:18}{before[2]:>12.1f}{after[1]:>8.1f}")
     for i, b in enumerate(backbones, 1):   # how to load what came out
-        kwargs = "".join(f", {name}={value!r}" for name, value in b.timm_kwargs.items())
+        kwargs = dict(b.timm_kwargs)
+        if b.timm_name.startswith("vit_"):   # so that it takes all sizes and gives the feature used here
+            kwargs |= dict(dynamic_img_size=True, global_pool="token" if b.cls else "avg", fc_norm=False)
+        kwargs = "".join(f", {name}={value!r}" for name, value in kwargs.items())
         file = f"{cfg.out}/model{i}.pth"
         say(f"timm.create_model({b.timm_name!r}, num_classes=0{kwargs}, checkpoint_path={file!r})")
 
