@@ -1177,7 +1177,7 @@ def read_checkpoint(path, advice="Delete it to start anew, or give another --out
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()   # compares check sums, so one flipped bit is seen
         if damaged is None:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             state["config"]["seed"], state["step"]   # it must have these
             return state
         reason = f"{damaged} in it has another check sum"
