@@ -1037,7 +1037,7 @@ def train_step(model1, model2, x, cfg, now, scaler=None):
     loss_st1 = H(t1_, t1, C_t1, temp1, tau) if "st" in losses else zero
     loss_st2 = H(t2_, t2, C_t2, temp2, tau) if "st" in losses else zero
 
-    # Cross-distillation (3.3) through the MLP-Heads, eq. (5), and the search, eq. (7); printed loss_it, too
+    # Cross-distillation (3.3) through the MLP-Heads, eq. (5), and the search, eq. (7), also printed loss_it
     loss_cm1 = H(m2_, m1, C_m2, temp, tau) if "cm" in losses else zero
     loss_cm2 = H(m1_, m2, C_m1, temp, tau) if "cm" in losses else zero
     loss_ct1 = H(t2_s, t1, C_s2, temp, tau, rows) if "ct" in losses else zero
