@@ -1,14 +1,17 @@
 """Tables of many runs: reads folders of runs, prints markdown.
 
     python extras/results.py runs/study
+    python extras/results.py runs/study --against 1-0.1
 
-A run of mokd.py lies in FOLDER/ROW/SEED. A row is called PAIR-WHAT; PAIR-sm is independent training (--losses
-sm), with which all rows of this pair are compared, seed by seed. k-NN is the last of log.jsonl (--knn_every).
-Linear probing is the best rate's last top-1 in linear/results.json, where eval_linear.py has written one.
+A run of mokd.py lies in FOLDER/ROW/SEED. A row is called PAIR-WHAT. All rows of a pair are compared, seed by
+seed, with its row PAIR-sm, which is independent training (--losses sm), or with the one that --against names.
+k-NN is the last of log.jsonl (--knn_every). Linear probing is the best rate's last top-1 in
+linear/results.json, where eval_linear.py has written one.
 """
 import argparse
 import json
 import math
+import operator
 import os
 import statistics
 import sys
@@ -55,22 +58,25 @@ def mean_and(values, spread):
 def standard_error(values):
     return statistics.stdev(values) / math.sqrt(len(values))
 
-def difference(row, base, model):
-    """'+4.8 ± 2.2': the mean difference to the independent run of the same seed, and its standard error."""
+def difference(row, base, value):
+    """'+4.8 ± 2.2': the mean difference to the base's run of the same seed, and its standard error. `value`
+    makes a number of the accuracies (model 1, model 2)."""
     seeds = sorted(row.keys() & base.keys())
     if row is base or not seeds:
         return ""
-    text = mean_and([row[seed][model] - base[seed][model] for seed in seeds], standard_error)
+    text = mean_and([value(row[seed]) - value(base[seed]) for seed in seeds], standard_error)
     return text if text.startswith("-") else "+" + text
 
-def table(rows):
-    """{row: {seed: (model 1, model 2)}} -> lines of markdown: mean ± deviation over seeds, differences."""
-    lines = ["| row | seeds | model 1 | model 2 | model 1 less independent | model 2 less independent |",
-             "|---|---|---|---|---|---|"]
+def table(rows, against="sm"):
+    """{row: {seed: (model 1, model 2)}} -> lines of markdown: mean ± deviation over seeds, and differences to
+    the pair's row `against`: of model 1, of model 2, and of the mean of both."""
+    of_models = [operator.itemgetter(0), operator.itemgetter(1)]
+    lines = [f"| row | seeds | model 1 | model 2 | less {against}: model 1 | model 2 | mean of both |",
+             "|---|---|---|---|---|---|---|"]
     for name, row in rows.items():
-        base = rows.get(name.split("-")[0] + "-sm", {})
-        cells = [mean_and([values[model] for values in row.values()], statistics.stdev) for model in (0, 1)]
-        cells += [difference(row, base, model) for model in (0, 1)]
+        base = rows.get(f"{name.split('-')[0]}-{against}", {})
+        cells = [mean_and([value(run) for run in row.values()], statistics.stdev) for value in of_models]
+        cells += [difference(row, base, value) for value in (*of_models, statistics.mean)]
         lines.append(f"| {name} | {', '.join(row)} | " + " | ".join(cells) + " |")
     return lines
 
@@ -78,13 +84,15 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="extras/results.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="folder of runs, FOLDER/ROW/SEED")
-    folder = parser.parse_args(argv).folder
+    parser.add_argument("--against", default="sm", help="what a pair's rows are compared with (default: sm)")
+    cfg = parser.parse_args(argv)
+    folder = cfg.folder
     if not os.path.isdir(folder):
         parser.error(f"{folder}: no such folder")
     for title, read in (("k-NN top-1, %", read_knn), ("Linear probing top-1, %", read_linear)):
         rows = read_runs(folder, read)
         if rows:
-            print(f"**{title}**\n\n" + "\n".join(table(rows)) + "\n")
+            print(f"**{title}**\n\n" + "\n".join(table(rows, cfg.against)) + "\n")
     return 0
 
 if __name__ == "__main__":

@@ -121,6 +121,9 @@ def test_results_are_means_deviations_and_paired_differences(tmp_path, capsys):
             (run / "linear" / "results.json").write_text(json.dumps(dict(results=rates)))
     assert results.main([str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    assert "| cnns-all | 0, 1 | 54.0 ± 1.4 | 43.0 ± 4.2 | +2.0 ± 1.0 | +1.0 ± 1.0 |" in text
-    assert "| cnns-sm | 0, 1 | 52.0 ± 2.8 | 42.0 ± 2.8 |  |  |" in text
+    assert "| cnns-all | 0, 1 | 54.0 ± 1.4 | 43.0 ± 4.2 | +2.0 ± 1.0 | +1.0 ± 1.0 | +1.5 ± 0.0 |" in text
+    assert "| cnns-sm | 0, 1 | 52.0 ± 2.8 | 42.0 ± 2.8 |  |  |  |" in text
     assert "| cnns-all | 0, 1 | 55.0 ± 1.4" in text
+    assert results.main([str(tmp_path), "--against", "all"]) == 0
+    text = capsys.readouterr().out
+    assert "| cnns-sm | 0, 1 | 52.0 ± 2.8 | 42.0 ± 2.8 | -2.0 ± 1.0 | -1.0 ± 1.0 | -1.5 ± 0.0 |" in text
