@@ -562,9 +562,11 @@ def photometric(x, p):
     """uint8 crops (n, 3, S, S) on the device -> [0, 1], each changed as its row of draw_photometric says."""
     x = x.float() / 255
     apply_to(x, TF.horizontal_flip, p["flip"])
-    for place in range(4):   # each image has its own order of the four, as in torchvision's ColorJitter
+    # Each image has its own order of the four, as in torchvision's ColorJitter.
+    for place in range(4):
         for i, adjust in enumerate((adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)):
             apply_to(x, adjust, p["jitter"] & (p["order"][:, place] == i), p["factor"][:, i])
+    # Grayscale, blur and solarization follow in DINO's order, because they do not commute.
     apply_to(x, to_grayscale, p["grayscale"])
     apply_to(x, gaussian_blur, p["blur"], p["sigma"])
     apply_to(x, solarize, p["solarize"])
@@ -638,6 +640,7 @@ def build_backbone(name, model_kwargs=None, patch_size=16, pool="mean", sizes=(2
                    flag="--arch"):
     """A timm model, by the paper's short name or its own, that takes views of all sizes -> Backbone with
     timm_name, timm_kwargs, family ("cnn": batch norm, or "vit"), dim C, num_tokens N. Raises UserError."""
+    # Create it. A net with batch norm counts as a CNN, and stochastic depth is for ViTs alone.
     kwargs = dict(model_kwargs or {})
     if name in TIMM_NAMES and name.startswith("vit_") and patch_size != 16:
         kwargs.setdefault("patch_size", patch_size)
@@ -908,12 +911,17 @@ class Model:
     """A student n with its optimizers, its momentum net n_, and the centers C_m and C_t of n_'s two heads."""
     def __init__(self, cfg, i, backbone, device, world=1):
         self.cfg, self.i, self.family = cfg, i, backbone.family
+
+        # The student, and its copy: n_.params = n.params, the first line of Algorithm 1. Stochastic depth is
+        # for the student alone.
         torch.manual_seed(seed_of(cfg.seed, "heads", i))
         self.net = Net(backbone, cfg)
-        self.momentum_net = copy.deepcopy(self.net).requires_grad_(False)   # n_.params = n.params
-        no_drop_path(self.momentum_net)   # stochastic depth is for the student
+        self.momentum_net = copy.deepcopy(self.net).requires_grad_(False)
+        no_drop_path(self.momentum_net)
         if cfg.grad_checkpointing:   # it updates student batch norms' statistics twice; no step reads those
             backbone.model.set_grad_checkpointing()
+
+        # Both move to the device before there are optimizers, because these keep the tensors they are given.
         for net in (self.net, self.momentum_net):
             net.to(device, memory_format=memory_format(device))
             if world > 1 and device.type == "cuda":   # torch has no batch norm over processes on the CPU
@@ -921,9 +929,13 @@ class Model:
             if cfg.compile:
                 net.compile(dynamic=False)
         self.n_, self.t, self.t_ = self.momentum_net, self.net.t_head, self.momentum_net.t_head
-        for name in ("C_m", "C_t"):   # buffers, so they are saved with the momentum net
+
+        # The centers are buffers of the momentum net, so they are saved with it.
+        for name in ("C_m", "C_t"):
             self.momentum_net.register_buffer(name, torch.zeros(1, cfg.out_dim, device=device))
         self.C_m, self.C_t = self.momentum_net.C_m, self.momentum_net.C_t
+
+        # What the step goes over, and the student as all processes train it.
         self.params, self.params_ = list(self.net.parameters()), list(self.momentum_net.parameters())
         self.last_layers = [p for name, p in self.net.named_parameters() if ".last." in name]
         self.optimizers, self.distributed = self.make_optimizers(device), self.net
@@ -960,15 +972,18 @@ class Model:
         return now.temp_cnn if self.family == "cnn" else now.temp
 
     def update(self, now, scaler):
-        """Hold the last layers still in the first epochs, clip each gradient, step the optimizers."""
+        """From gradients to new parameters of the student."""
+        # The last layers stand still in the first epochs, which helps training to start [DINO].
         if now.epoch < self.cfg.freeze_last_layer:
             for p in self.last_layers:
                 p.grad = None
+        # Gradients get back their size, which fp16 had raised, and groups this step's rate and decay.
         for optimizer in self.optimizers:
             scaler.unscale_(optimizer)
             for group in optimizer.param_groups:
                 group["lr"] = now.lr[group["family"]]
                 group["weight_decay"] = now.wd[group["family"]] if group["decays"] else 0.0
+        # Each gradient is clipped by itself, so no tensor slows another down.
         if self.cfg.clip_grad:
             clip_per_tensor([p.grad for p in self.params if p.grad is not None], self.cfg.clip_grad)
         for optimizer in self.optimizers:
@@ -1292,6 +1307,7 @@ def log(cfg, record, last=True):
 # --------------------------------------------------------------------------------------------------- training
 def train(cfg, models, images, val, state, device, rank, world):
     """Train to the end, from the checkpoint `state` if there is one. On a signal saves, raises UserError."""
+    # Take up what a stopped run had.
     scaler, step = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16"), 0
     if state:
         try:
@@ -1314,6 +1330,7 @@ def train(cfg, models, images, val, state, device, rank, world):
             log(cfg, dict(epoch=step // per_epoch - 1, knn1=knn1, knn2=knn2))
     log_knn()   # once more on resuming, as a kill may have lost it
 
+    # Workers crop ahead of time; the device makes views of the crops and takes the step.
     keys = batches(len(images), cfg, first, rank, world)
     for crops in make_loader(MultiCrop(images, cfg), device, cfg.workers, batch_sampler=keys):
         now = schedule(cfg, step, per_epoch)
@@ -1457,12 +1474,15 @@ def refuse_unlike_classes(train, val, data):
                         f"one alone ({len(odd)} such)")
 
 def run(cfg):
+    # What can be refused is refused here, before anything is written.
     device, rank, world = join_processes()
     images, val = get_data(cfg)
     if len(images) < cfg.batch_size:
         raise UserError(f"--batch_size {cfg.batch_size}: lower it, --data has {len(images)} images")
     if cfg.knn_every or cfg.demo:
         refuse_unlike_classes(images, val, cfg.data)
+
+    # Build both models, and say what they are and who learns how much from whom.
     models = build_models(cfg, device, world)
     backbones = [m.n_.backbone for m in models]
     for m in models:
@@ -1471,6 +1491,8 @@ def run(cfg):
         say(f"model {m.i}: {arch}, {size:.1f} M parameters, heads {whole - size:.1f} M; treated as a "
             f"{dict(cnn='CNN', vit='ViT')[m.family]}; lambda{m.i} = {weight:g}")
     say(f"{len(images):,} images; processes: {world}, on {device.type}, {cfg.dtype}")
+
+    # Train. The demo compares k-NN before and after.
     open_out(cfg)
     state = find_checkpoint(cfg, len(images))
     if cfg.demo:
@@ -1482,7 +1504,9 @@ def run(cfg):
         say(f"\nk-NN top-1 on {cfg.data}, %{'before':>12}{'after':>8}\nraw pixels{before[0]:>20.1f}")
         say(f"{cfg.arch1:18}{before[1]:>12.1f}{after[0]:>8.1f}")
         say(f"{cfg.arch2:18}{before[2]:>12.1f}{after[1]:>8.1f}")
-    for i, b in enumerate(backbones, 1):   # how to load what came out
+
+    # Say how to load what came out.
+    for i, b in enumerate(backbones, 1):
         kwargs = dict(b.timm_kwargs)
         if b.timm_name.startswith("vit_"):   # so that it takes all sizes and gives the feature used here
             kwargs |= dict(dynamic_img_size=True, global_pool="token" if b.cls else "avg", fc_norm=False)
