@@ -392,8 +392,8 @@ def run(cfg):
         saved = mokd.read_checkpoint(path)
         mokd.refuse_other_settings(path, saved["config"], cfg)
         done = {key: saved.get(key, value) for key, value in done.items()}
-    say(f"{len(images):,} of {len(every):,} training images, {len(val):,} to validate, {classes} classes; "
-        f"{cfg.epochs} epochs, batch {cfg.batch_size}; {world} process{'es' if world > 1 else ''} on "
+    say(f"{len(images):,} of {len(every):,} training images, {len(val):,} to validate, {classes} classes, "
+        f"{cfg.image_size} pixels; {cfg.epochs} epochs, batch {cfg.batch_size}; processes: {world}, on "
         f"{device.type}, {cfg.dtype}")
 
     # to probe, all rates take one turn; to fine-tune, each takes its own, and begins with the same backbone

@@ -2343,7 +2343,8 @@ def test_a_k_beyond_the_bank_is_shown_as_what_it_is(trained, few, capsys):
     results = knn("--checkpoint", trained / "checkpoint.pth", "--k", 5000, 10, 300)
     assert [*results["1 resnet18"]] == [10, 256]
     printed = capsys.readouterr().out
-    assert "256 images in the bank" in printed and " 256 " in printed and "5000" not in printed
+    assert "256 images in the bank" in printed and "of 32 pixels" in printed
+    assert " 256 " in printed and "5000" not in printed
 
 
 def test_save_leaves_a_file_as_it_is_until_there_is_a_new_one(trained, tmp_path, capsys):
