@@ -86,9 +86,11 @@ class Config:
     recipe: str = flag("paper", "settings to start from, the paper's or the released code's; flags win",
                        "losses", choices=("paper", "release"))
     losses: str = flag("sm,cm,st,ct", "losses, sm among them; sm alone trains two independent nets [Table 7]")
-    lambda1: float = flag(None, "weight of cm1 and ct1. By default the larger backbone has 1 and the smaller "
-                          "0.1 [4.5, A.1]; with --recipe release a CNN 1, a ViT 0.1. Raise the worse model's")
-    lambda2: float = flag(None, "weight of cm2 and ct2, by the same rule")
+    lambda1: float = flag(None, "weight of cm1 and ct1; by default --lambda_rule chooses it")
+    lambda2: float = flag(None, "weight of cm2 and ct2; by default --lambda_rule chooses it")
+    lambda_rule: str = flag("worse", "lambda 1 for the model likely worse alone, a CNN beside a ViT or the "
+                            "smaller of a kind, 0.1 for the other [Table 8]; text: 1 for the larger, 0.1 for "
+                            "the smaller [4.5, A.1]; 1 and 1 for equal ones", choices=("worse", "text"))
     search: str = flag("all", "pairs of views that search: all different ones, the global ones [Alg. 1], or "
                        "local views in global view 0 [released code]", choices=("all", "global", "local"))
     search_center: bool = flag(True, "center searches by the T-Head's center [A.1]; off [released code]")
@@ -157,7 +159,7 @@ DEMO = dict(
     global_size=24, global_scale=(0.5, 1.0), local_size=12, local_scale=(0.3, 0.8), local_crops=2,
     jitter=(0.4, 0.4, 0.4, 0.2), blur=(0.0, 0.0), solarize=0.0, epochs=14, warmup_epochs=1, batch_size=64,
     cnn_optimizer="adamw", cnn_lr=0.01, vit_lr=0.01, ema=0.99, center_momentum=0.5, teacher_temp=0.015,
-    teacher_temp_start=0.015, freeze_last_layer=0)
+    teacher_temp_start=0.015, freeze_last_layer=0, lambda1=0.1, lambda2=1.0)   # its ViT is worse alone
 
 def key_value(text):
     """'channels=16,32' -> ('channels', (16, 32)). A value that is no Python literal stays a string."""
@@ -1429,14 +1431,18 @@ def fill_in(cfg, backbones, device, world):
     """Fill in the settings that depend on the machine and on the backbones. Raises UserError."""
     fill_in_machine(cfg, device, world)
     cfg.out = cfg.out or f"runs/{cfg.arch1}-{cfg.arch2}"
+
+    # The model that comes first by the rule has lambda 1, the other 0.1.
     families = [b.family for b in backbones]
-    sizes = [sum(p.numel() for p in b.parameters()) for b in backbones]
-    if cfg.recipe == "release" and families[0] != families[1]:
-        sizes = [1 if family == "cnn" else 0 for family in families]   # it treats the ViT as the smaller
+    order = [sum(p.numel() for p in b.parameters()) for b in backbones]
+    if cfg.lambda_rule == "worse":
+        order = [-size for size in order]
+        if families[0] != families[1]:
+            order = [1 if family == "cnn" else 0 for family in families]
     if cfg.lambda1 is None:
-        cfg.lambda1 = 0.1 if sizes[0] < sizes[1] else 1.0
+        cfg.lambda1 = 0.1 if order[0] < order[1] else 1.0
     if cfg.lambda2 is None:
-        cfg.lambda2 = 0.1 if sizes[1] < sizes[0] else 1.0
+        cfg.lambda2 = 0.1 if order[1] < order[0] else 1.0
     if not cfg.t_dim:
         cfg.t_dim = 384
         if families[0] != families[1]:

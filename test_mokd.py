@@ -721,11 +721,16 @@ def test_defaults_are_the_papers_and_release_switches_every_row():
     assert mokd.parse_args(["--demo", "--out_dim", "77"]).out_dim == 77
 
 
+LARGE_VIT = ["--model_kwargs2", *VIT[:2], "embed_dim=96", "depth=4", VIT[4]]
+SMALL_CNN = ["--arch2", "resnet18", "--model_kwargs2", "layers=1,1,1,1", "channels=8,8,16,16"]
+
+
 @pytest.mark.parametrize("args, expected", [
     ([], (1, 0.1)), (["--recipe", "release"], (1, 0.1)), (["--lambda2", "0.5"], (1, 0.5)),
-    (["--model_kwargs2", *VIT[:2], "embed_dim=96", "depth=4", VIT[4]], (0.1, 1)),
-    (["--recipe", "release", "--model_kwargs2", *VIT[:2], "embed_dim=96", "depth=4", VIT[4]], (1, 0.1))])
-def test_lambda_goes_by_size_and_in_the_release_by_family(args, expected):
+    (LARGE_VIT, (1, 0.1)), ([*LARGE_VIT, "--recipe", "release"], (1, 0.1)),
+    ([*LARGE_VIT, "--lambda_rule", "text"], (0.1, 1)), (["--lambda_rule", "text"], (1, 0.1)),
+    (SMALL_CNN, (0.1, 1)), ([*SMALL_CNN, "--lambda_rule", "text"], (1, 0.1)), (["--demo"], (0.1, 1))])
+def test_lambda_is_1_for_the_model_that_is_worse_alone_or_for_the_larger(args, expected):
     cfg = config("--model_kwargs1", "layers=1,1,1,1", "channels=16,16,32,32", *args)
     models_of(cfg)
     assert (cfg.lambda1, cfg.lambda2) == expected
