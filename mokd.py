@@ -61,9 +61,9 @@ free = functools.partial(flag, may_differ=True)
 
 @dataclass
 class Config:
-    """Every setting, its source in brackets. Config() is the paper's recipe for ImageNet. The command line is
-    made from this class: a new line here is a new flag, with help, and it guards resuming unless it is
-    `free`."""
+    """Every setting, its source in brackets. Config() is the paper's recipe for ImageNet, but for what README
+    lists. The command line is made from this class: a new line is a new flag, with help, and it guards
+    resuming unless it is `free`."""
     arch1: str = flag("resnet50", "backbone 1: a short name of the paper's or any timm model [4]", "models")
     arch2: str = flag("vit_small", "backbone 2; it may equal backbone 1 [4]")
     patch_size: int = flag(16, "patch of vit_tiny, vit_small and vit_base in pixels [DINO]", low=1)
@@ -78,7 +78,7 @@ class Config:
     out_dim: int = flag(65536, "K, logits of a head [3.4]; use fewer for few images", "heads", low=2)
     hidden_dim: int = flag(2048, "hidden width of an MLP-Head [DINO]", low=1)
     bottleneck_dim: int = flag(256, "width before the last layer of an MLP-Head [DINO]", low=1)
-    t_dim: int = flag(384, "width of both T-Heads [3.4: as ViT-Small]; 0 takes the ViT's [released code]")
+    t_dim: int = flag(384, "width of both T-Heads [3.4: ViT-Small's]; 0: beside a CNN the ViT's [released code]")
     t_depth: int = flag(3, "blocks of a T-Head [3.4]", low=1)
     t_heads: int = flag(6, "attention heads of a T-Head [3.4: as ViT-Small]", low=1)
     t_norm: bool = flag(False, "L2-normalize what a T-Head's last layer reads; try it if a T-Head collapses")
@@ -89,11 +89,11 @@ class Config:
     lambda1: float = flag(None, "weight of cm1 and ct1; by default --lambda_rule chooses it")
     lambda2: float = flag(None, "weight of cm2 and ct2; by default --lambda_rule chooses it")
     lambda_rule: str = flag("worse", "lambda 1 for the model likely worse alone, a CNN beside a ViT or the "
-                            "smaller of a kind, 0.1 for the other [Table 8]; text: 1 for the larger, 0.1 for "
-                            "the smaller [4.5, A.1]; 1 and 1 for equal ones", choices=("worse", "text"))
+                            "smaller of a kind, 0.1 for the other [4.5 on Table 8]; text: 1 for the larger, "
+                            "0.1 for the smaller [4.5, A.1]; equal ones have 1", choices=("worse", "text"))
     search: str = flag("all", "pairs of views that search: all different ones, the global ones [Alg. 1], or "
                        "local views in global view 0 [released code]", choices=("all", "global", "local"))
-    search_center: bool = flag(True, "center searches by the T-Head's center [A.1]; off [released code]")
+    search_center: bool = flag(True, "center searches by the T-Head's center (ours); off [released code]")
     student_temp: float = flag(0.1, "tau, temperature of the students [A.1]", low=1e-3)
     teacher_temp: float = flag(0.07, "tau' after its rise [A.1]; lower it if entropies stay high", low=1e-3)
     teacher_temp_start: float = flag(0.04, "tau', temperature of the momentum nets, at first [A.1]", low=1e-3)
@@ -125,11 +125,11 @@ class Config:
     t_optimizer: str = flag("adamw", "for a CNN's T-Head, with vit_lr and vit_wd; sgd in the [released code] "
                             "and by the rule of 3.4", choices=("sgd", "adamw"))
     cnn_lr: float = free(0.1, "peak rate of CNNs [A.1], times batch_size / 256 [DINO]; lower if losses rise")
-    vit_lr: float = free(3e-4, "peak rate of ViTs, T-Heads [A.1], times batch_size / 256 [DINO]; as cnn_lr")
+    vit_lr: float = free(3e-4, "peak rate of ViTs [A.1], T-Heads, times batch_size / 256 [DINO]; as cnn_lr")
     cnn_lr_end: float = free(1e-6, "last learning rate of CNNs [DINO]; 0.0048 [released code]")
     vit_lr_end: float = free(1e-6, "last learning rate of ViTs and T-Heads [DINO]; 1e-5 [released code]")
     cnn_wd: float = flag(1e-4, "weight decay of CNNs [A.1], never on 1-D parameters [DINO]")
-    vit_wd: float = flag(0.04, "weight decay of ViTs and T-Heads [A.1], never on 1-D parameters [DINO]")
+    vit_wd: float = flag(0.04, "weight decay of ViTs [A.1] and T-Heads, never on 1-D parameters [DINO]")
     wd_end: float = flag(None, "vit_wd goes to this by a cosine, 0.4 in the [released code]; else it stays")
     clip_grad: float = free(3.0, "norm to which each gradient tensor is clipped [released code]; 0 for none")
     freeze_last_layer: int = flag(1, "epochs of still last layers [released code]; raise if losses rise")
