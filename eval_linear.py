@@ -30,7 +30,7 @@ from mokd import UserError, flag, say, warn
 @dataclass
 class Config(Source):
     finetune: bool = flag(False, "train the backbone too [A.3, A.4]", group="classifier")
-    label_fraction: float = flag(1.0, "part of each class's images that keep labels, by --seed [A.3: --subset]",
+    label_fraction: float = flag(1.0, "part of each class's images that keep labels, by --seed [A.3: lists]",
                                  low=1e-6, high=1)
     subset: str = flag("", "file that names the images that keep labels, as SimCLR's 1percent.txt [A.3]")
     n_last_blocks: int = flag(0, "a ViT's feature: CLS of this many last blocks [DINO]; 0: the pooled one")

@@ -78,7 +78,7 @@ class Config:
     out_dim: int = flag(65536, "K, logits of a head [3.4]; use fewer for few images", "heads", low=2)
     hidden_dim: int = flag(2048, "hidden width of an MLP-Head [DINO]", low=1)
     bottleneck_dim: int = flag(256, "width before the last layer of an MLP-Head [DINO]", low=1)
-    t_dim: int = flag(384, "width of both T-Heads [3.4: ViT-Small's]; 0: beside a CNN the ViT's [released code]")
+    t_dim: int = flag(384, "T-Heads' width [3.4: ViT-Small's]; 0: beside a CNN the ViT's [released code]")
     t_depth: int = flag(3, "blocks of a T-Head [3.4]", low=1)
     t_heads: int = flag(6, "attention heads of a T-Head [3.4: as ViT-Small]", low=1)
     t_norm: bool = flag(False, "L2-normalize what a T-Head's last layer reads; try it if a T-Head collapses")
