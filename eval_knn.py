@@ -293,8 +293,8 @@ def run(cfg):
         hits = {k: predictions[a][k] == predictions[b][k] for k in ks}
         same[f"{a} = {b}"] = {k: 100 * hit.double().mean().item() for k, hit in hits.items()}
 
-    say(f"\nk-NN on {cfg.data}, {in_bank:,} images in the bank, {len(answers):,} classified, of {cfg.image_size} "
-        f"pixels, %; * best k")
+    say(f"\nk-NN on {cfg.data}, {in_bank:,} images in the bank, {len(answers):,} classified, of "
+        f"{cfg.image_size} pixels, %; * best k")
     show_table(ks, results, same)
     if cfg.json:
         write_json(cfg.json, dict(settings=asdict(cfg), bank=in_bank, classified=len(answers),

@@ -86,11 +86,9 @@ class Config:
     recipe: str = flag("paper", "settings to start from, the paper's or the released code's; flags win",
                        "losses", choices=("paper", "release"))
     losses: str = flag("sm,cm,st,ct", "losses, sm among them; sm alone trains two independent nets [Table 7]")
-    lambda1: float = flag(None, "weight of cm1 and ct1; by default --lambda_rule chooses it")
-    lambda2: float = flag(None, "weight of cm2 and ct2; by default --lambda_rule chooses it")
-    lambda_rule: str = flag("worse", "lambda 1 for the model likely worse alone, a CNN beside a ViT or the "
-                            "smaller of a kind, 0.1 for the other [4.5 on Table 8]; text: 1 for the larger, "
-                            "0.1 for the smaller [4.5, A.1]; equal ones have 1", choices=("worse", "text"))
+    lambda1: float = flag(None, "weight of cm1 and ct1. By default the larger backbone has 1 and the smaller "
+                          "0.1 [4.5, A.1]; with --recipe release a CNN 1, a ViT 0.1. Raise the worse model's")
+    lambda2: float = flag(None, "weight of cm2 and ct2, by the same rule")
     search: str = flag("all", "pairs of views that search: all different ones, the global ones [Alg. 1], or "
                        "local views in global view 0 [released code]", choices=("all", "global", "local"))
     search_center: bool = flag(True, "center searches by the T-Head's center (ours); off [released code]")
@@ -159,7 +157,7 @@ DEMO = dict(
     global_size=24, global_scale=(0.5, 1.0), local_size=12, local_scale=(0.3, 0.8), local_crops=2,
     jitter=(0.4, 0.4, 0.4, 0.2), blur=(0.0, 0.0), solarize=0.0, epochs=14, warmup_epochs=1, batch_size=64,
     cnn_optimizer="adamw", cnn_lr=0.01, vit_lr=0.01, ema=0.99, center_momentum=0.5, teacher_temp=0.015,
-    teacher_temp_start=0.015, freeze_last_layer=0, lambda1=0.1, lambda2=1.0)   # its ViT is worse alone
+    teacher_temp_start=0.015, freeze_last_layer=0)
 
 def key_value(text):
     """'channels=16,32' -> ('channels', (16, 32)). A value that is no Python literal stays a string."""
@@ -336,8 +334,9 @@ class Watch:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def after_step(self, indices=(), reasons=()):
-        """What this process could not read in a step (-1: nothing), and why -> the signal that has come to
-        any process, or None. An image counts once. Raises UserError when more than 1 % are unreadable."""
+        """This process could not read the images `indices` (-1: none) in a step, for `reasons` -> the signal
+        that any process has got, or None. An image counts once. Raises UserError when more than 1 % are
+        unreadable."""
         if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent:   # torchrun is gone
             self.caught.add(signal.SIGTERM)
         new = {i: reason for i, reason in zip(indices, reasons) if i >= 0 and i not in self.unreadable}
@@ -375,7 +374,10 @@ def to_rgb(image):
         return image.expand(3, -1, -1)
     if image.mode == "F" or image.mode.startswith("I"):   # PIL's convert would clip floats and 16 bits at 255
         values = TF.pil_to_tensor(image).double()
-        values = values // 257 if image.mode != "F" else values * 255 if values.max() <= 1 else values
+        if image.mode != "F":   # 16 bits
+            values = values // 257
+        elif values.max() <= 1:   # floats from 0 to 1
+            values = values * 255
         return values.clamp(0, 255).to(torch.uint8).expand(3, -1, -1)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -546,8 +548,8 @@ def draw_photometric(cfg, step, rank=0, world=1):
     factor = (2 * rand(4).movedim(0, -1) - 1) * torch.tensor(cfg.jitter)
     factor[..., :3] = (1 + factor[..., :3]).clamp_min(0)   # all but the hue, whose factor is an angle
     view = torch.arange(V)[:, None]
-    blurred = torch.tensor([1.0, 0.1, 0.5])[view.clamp_max(2)]   # views differ, as in DINO
-    p |= dict(factor=factor, grayscale=rand() < cfg.grayscale, blur=(rand() < blurred) & (cfg.blur[1] > 0),
+    blur_rate = torch.tensor([1.0, 0.1, 0.5])[view.clamp_max(2)]   # of global view 0, 1, local ones [DINO]
+    p |= dict(factor=factor, grayscale=rand() < cfg.grayscale, blur=(rand() < blur_rate) & (cfg.blur[1] > 0),
               sigma=cfg.blur[0] + (cfg.blur[1] - cfg.blur[0]) * rand(),
               solarize=(rand() < cfg.solarize) & (view == 1))
     rows = slice(rank * B // world, (rank + 1) * B // world)
@@ -653,7 +655,8 @@ def build_backbone(name, model_kwargs=None, patch_size=16, pool="mean", sizes=(2
         backbone.family = "cnn"
         no_drop_path(model)
 
-    # Try every view size now, because a model that cannot take one would fail in the first step.
+    # Try every view size now, because a model that cannot take one would fail in the first step. The global
+    # size comes last, because pooled and tokens are used below, and num_tokens counts a global view's.
     for size in reversed(sizes):
         try:
             pooled, tokens = backbone(torch.rand(2, 3, size, size))
@@ -672,8 +675,9 @@ def build_backbone(name, model_kwargs=None, patch_size=16, pool="mean", sizes=(2
         p.requires_grad_(gradient is not None)
     return backbone.train()
 
-PREFIXES = ("", "module.", "backbone.", "module.backbone.",                              # DINO, released code
-            "module.momentum_encoder.", "module.base_encoder.", "module.encoder_q.")     # MoCo
+PREFIXES = ("module.", "backbone.", "module.backbone.",                                # DINO, released code
+            "module.momentum_encoder.", "module.base_encoder.", "module.encoder_q.",   # MoCo
+            "")                                                                        # timm, torchvision
 
 def load_backbone(backbone, file, flag):
     """Fill a backbone from a file whose names are timm's, but for a prefix, as in model1.pth and in the files
@@ -691,12 +695,10 @@ def load_backbone(backbone, file, flag):
     theirs = {name: w for name, w in theirs.items() if isinstance(w, torch.Tensor)}
     own = backbone.model.state_dict()
     used = {name for name, p in backbone.model.named_parameters() if p.requires_grad}
-    for prefix in PREFIXES:
+    for prefix in PREFIXES:   # the last, the empty one, stays if no other fits
         state = {name.removeprefix(prefix): w for name, w in theirs.items() if name.startswith(prefix)}
         if used <= state.keys():
             break
-    else:
-        state = theirs
     wrong = [name for name in own if name in state and state[name].shape != own[name].shape]
     wrong += sorted(used - state.keys())
     if wrong:
@@ -746,7 +748,8 @@ class THead(nn.Module):
     is taken.
 
     embed is the 1x1 convolution from a backbone's C channels to dim; there is none where C = dim. num_tokens
-    is N of a global view. l2_normalize: of the mean token, before the last layer.
+    is N of a global view. With l2_normalize the last layer reads a mean token of length 1. With release
+    positions are resized as in the released code.
     """
     def __init__(self, in_dim, out_dim, dim=384, depth=3, num_heads=6, num_tokens=49, l2_normalize=False,
                  release=False):
@@ -763,18 +766,15 @@ class THead(nn.Module):
         """Tokens (B, N, C), or their pooled feature (B, C) -> query (B, dim)."""
         return self.embed(Z.mean(1) if Z.dim() == 3 else Z)
 
-    def encode(self, Z, query=None):
-        """Tokens (B, N, C) -> (B, dim). With n queries an image (nB, dim), query by query -> (nB, dim)."""
+    def forward(self, Z, query=None):
+        """Tokens (B, N, C) -> logits (B, K). With n queries for each image, (nB, dim), where rows 0 to B - 1
+        are query 0 of all images -> (nB, K), in the same order."""
         x = self.embed(Z) + resize_positions(self.pos, math.isqrt(Z.shape[1]), self.release)
         if query is not None:   # it has no position
             x = torch.cat([query[:, None], x.repeat(len(query) // len(x), 1, 1)], 1)
         x = self.norm(self.blocks(x))
         x = x.mean(1) if query is None else x[:, 1:].mean(1)
-        return F.normalize(x, dim=-1) if self.l2_normalize else x
-
-    def forward(self, Z, query=None):
-        """The same -> logits (B, K) or (nB, K)."""
-        return self.last(self.encode(Z, query))
+        return self.last(F.normalize(x, dim=-1) if self.l2_normalize else x)
 
 # Z of Algorithm 1: pooled (VB, C), and tokens by resolution [(2B, N, C), (LB, n, C)]
 Representation = namedtuple("Representation", "pooled tokens")
@@ -805,7 +805,7 @@ def search_pairs(V, which):
         return [(0, 1), (1, 0)]
     if which == "local":    # the released code's
         return [(0, v) for v in range(2, V)]
-    return [(g, v) for g in range(2) for v in range(V) if v != g]   # Algorithm 1's rule for multi-crop
+    return [(g, v) for g in range(2) for v in range(V) if v != g]   # ours: any two that differ, as a and b do
 
 def search(t_, query, Z_, pairs):
     """t_s = t_(Z, Z_) of Algorithm 1, the cross-attention feature search (3.3, Fig. 3): the T-Head t_ of a
@@ -826,8 +826,8 @@ def target(t, center=0.0, teacher_temp=0.07):
     return ((t.detach().float() - center) / teacher_temp).softmax(-1)
 
 def cross_entropy(p, s, student_temp=0.1):
-    """-sum p log softmax(s / tau), mean over the batch; p and s are (B, K). Written as |p| logsumexp(x) - p .
-    x, with x = s / tau, it stores no log-softmax. It is linear in p, so p may be a sum of targets."""
+    """-sum p log softmax(x) with x = s / tau, mean over the batch; p and s are (B, K). log softmax(x) is
+    x - logsumexp(x). The sum is linear in p, so p may be a sum of targets."""
     x = s.float() / student_temp
     return (p.sum(-1) * x.logsumexp(-1) - (p * x).sum(-1)).mean()
 
@@ -844,7 +844,8 @@ class MultiCropH(torch.autograd.Function):
     again, view by view. The targets of a view are added up first, which saves passes over its logits."""
     @staticmethod
     def views_and_targets(t, s, center, teacher_temp, pairs):
-        """Yields each view v of s with targets, and their sum (B, K), made once for views with the same."""
+        """Yields v, p: a view v of s that has partners in t, and p (B, K), the sum of its partners' targets.
+        Views with the same partners come in a row, so p is made once for them."""
         learners = {}   # rows of t -> the views that learn from them
         for v in range(len(s)):
             rows = tuple(g for g, w in pairs if w == v)
@@ -890,7 +891,7 @@ Now = namedtuple("Now", "step epoch l temp temp_cnn lr wd")
 
 def schedule(cfg, step, per_epoch):
     epoch, steps, warmup = step // per_epoch, cfg.epochs * per_epoch, cfg.warmup_epochs * per_epoch
-    rise = warmup - 1 if cfg.recipe == "release" else warmup
+    rise = warmup - 1 if cfg.recipe == "release" else warmup   # the released code peaks one step earlier
     scale = cfg.batch_size / 256   # learning rates are given for 256 images (DINO)
     wd_end = cfg.vit_wd if cfg.wd_end is None else cfg.wd_end
     epochs, epochs_cnn = cfg.teacher_temp_epochs, cfg.teacher_temp_epochs_cnn
@@ -947,7 +948,7 @@ class Model:
 
     def make_optimizers(self, device):
         """One optimizer (3.4), or two where a CNN's T-Head has another kind, for all that is in the net."""
-        cfg, kinds = self.cfg, dict(sgd={}, adamw={})
+        cfg, kinds = self.cfg, dict(sgd={}, adamw={})   # optimizer -> {(family, decays): its parameters}
         for name, p in self.net.named_parameters():
             cnn_t_head = self.family == "cnn" and name.startswith("t_head.")
             family = "vit" if cnn_t_head else self.family   # whose learning rate and weight decay it has
@@ -1031,8 +1032,8 @@ def train_step(model1, model2, x, cfg, now, scaler=None):
     C_s1, C_s2 = (C_t1, C_t2) if cfg.search_center else (0.0, 0.0)
     lambda1, lambda2, l, losses = cfg.lambda1, cfg.lambda2, now.l, loss_names(cfg)
     tau, temp, scaler = cfg.student_temp, now.temp, scaler or torch.amp.GradScaler(enabled=False)
-    pairs = search_pairs(2 + cfg.local_crops, cfg.search)
-    rows = [(row, v) for row, (g, v) in enumerate(pairs)]   # row of t1_s and t2_s, and the view that searched
+    pairs = sorted(search_pairs(2 + cfg.local_crops, cfg.search))   # by g, the order in which search answers
+    rows = [(row, v) for row, (g, v) in enumerate(pairs)]   # (g, v) of H: row of t1_s, t2_s; view that learns
     zero = torch.zeros((), device=x[0].device)
 
     with autocast(x[0].device, cfg.dtype):
@@ -1043,8 +1044,9 @@ def train_step(model1, model2, x, cfg, now, scaler=None):
             m1_, t1_, Z1_ = n1_(x[:1])   # m1_, t1_: (2, B, K)
             m2_, t2_, Z2_ = n2_(x[:1])
 
-            # Cross-attention feature search (3.3). A query is the other student's; it carries no gradient.
-            if "ct" in losses:   # t1_(Z2, Z1_) and t2_(Z1, Z2_)
+            # Cross-attention feature search (3.3), in print t1_(Z2, Z1_) and t2_(Z1, Z2_). The T-Head t1_ of
+            # the paper is model1.t_ here, because t1_ holds its logits. A query carries no gradient.
+            if "ct" in losses:
                 t1_s = search(model1.t_, model2.t.query_of(Z2.pooled), Z1_.tokens[0], pairs)
                 t2_s = search(model2.t_, model1.t.query_of(Z1.pooled), Z2_.tokens[0], pairs)
 
@@ -1148,7 +1150,7 @@ def knn_classify(bank, labels, queries, k=20, temperature=0.07, classes=None):
 def knn_accuracy(backbones, train, val, cfg, device, rank=0, world=1):
     """k-NN top-1 (percent) of each backbone on val, with train as the bank. Each process classifies its share
     of val and holds the whole bank."""
-    options, accuracies = (device, cfg.batch_size, cfg.workers, rank, world), []
+    options, accuracies = (device, cfg.batch_size // world, cfg.workers, rank, world), []
     banks, labels = extract_features(backbones, EvalView(train, cfg.global_size), *options)
     queries, answers = extract_features(backbones, EvalView(val, cfg.global_size), *options)
     n, known = math.ceil(len(train) / world), answers >= 0
@@ -1195,7 +1197,7 @@ def read_checkpoint(path, advice="Delete it to start anew, or give another --out
             damaged = file.testzip()   # compares check sums, so one flipped bit is seen
         if damaged is None:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            state["config"]["seed"], state["step"]   # it must have these
+            state["config"]["seed"], state["step"]   # a KeyError, caught below, if it is another file
             return state
         reason = f"{damaged} in it has another check sum"
     except (FileNotFoundError, IsADirectoryError) as error:
@@ -1257,9 +1259,6 @@ def read_losses(window, first):
         raise UserError(f"step {first + row}: {', '.join(names)} not finite. {ADVICE}", code=1)
     return dict(zip(window[0], values.mean(0).tolist()))
 
-def entropy(p):
-    return torch.special.entr(p).sum(-1)
-
 @torch.no_grad()
 def target_statistics(logits, models, now):
     """Of each momentum head on this batch, in nats: the mean entropy of its targets, and their spread
@@ -1271,8 +1270,9 @@ def target_statistics(logits, models, now):
             t = logits[f"{head}{m.i}"]
             if t is not None:
                 p = target(t, center, m.temp(now)).flatten(0, 1)
-                stats[f"entropy_{head}{m.i}"] = entropy(p).mean()
-                stats[f"spread_{head}{m.i}"] = entropy(p.mean(0)) - entropy(p).mean()
+                mean_entropy = torch.special.entr(p).sum(-1).mean()
+                stats[f"entropy_{head}{m.i}"] = mean_entropy
+                stats[f"spread_{head}{m.i}"] = torch.special.entr(p.mean(0)).sum() - mean_entropy
     return dict(zip(stats, mean_over_processes(torch.stack(list(stats.values()))).tolist()))
 
 def memory_gb(device):
@@ -1324,13 +1324,13 @@ def train(cfg, models, images, val, state, device, rank, world):
     first, per_epoch = step, len(images) // cfg.batch_size
     steps, save_every = cfg.epochs * per_epoch, cfg.save_every or per_epoch
     watch, window, start = Watch(images), [], time.time()
-    clock = start
+    clock = start   # when the steps in window began
 
-    def log_knn():   # after the last step of every knn_every epochs
+    def log_knn(step):   # after the last step of every knn_every epochs
         if cfg.knn_every and step and step % (cfg.knn_every * per_epoch) == 0:
             knn1, knn2 = knn_accuracy([m.n_.backbone for m in models], images, val, cfg, device, rank, world)
             log(cfg, dict(epoch=step // per_epoch - 1, knn1=knn1, knn2=knn2))
-    log_knn()   # once more on resuming, as a kill may have lost it
+    log_knn(step)   # once more on resuming, as a kill may have lost it
 
     # Workers crop ahead of time; the device makes views of the crops and takes the step.
     keys = batches(len(images), cfg, first, rank, world)
@@ -1371,9 +1371,9 @@ def train(cfg, models, images, val, state, device, rank, world):
         if number:
             raise UserError(f"stopped by {number.name} after step {step}; the same command goes on there",
                             code=128 + number)
-        log_knn()
+        log_knn(step)
         if end_of_epoch:
-            clock = time.time()
+            clock = time.time()   # images/s counts neither the epoch's checkpoint nor its k-NN
     watch.end()
 
 def report_collapse(stats, cfg):
@@ -1432,17 +1432,15 @@ def fill_in(cfg, backbones, device, world):
     fill_in_machine(cfg, device, world)
     cfg.out = cfg.out or f"runs/{cfg.arch1}-{cfg.arch2}"
 
-    # The model that comes first by the rule has lambda 1, the other 0.1.
+    # The larger backbone has lambda 1, the smaller 0.1; where they are equal, both have 1.
     families = [b.family for b in backbones]
-    order = [sum(p.numel() for p in b.parameters()) for b in backbones]
-    if cfg.lambda_rule == "worse":
-        order = [-size for size in order]
-        if families[0] != families[1]:
-            order = [1 if family == "cnn" else 0 for family in families]
+    sizes = [sum(p.numel() for p in b.parameters()) for b in backbones]
+    if cfg.recipe == "release" and families[0] != families[1]:
+        sizes = [1 if family == "cnn" else 0 for family in families]   # it treats the ViT as the smaller
     if cfg.lambda1 is None:
-        cfg.lambda1 = 0.1 if order[0] < order[1] else 1.0
+        cfg.lambda1 = 0.1 if sizes[0] < sizes[1] else 1.0
     if cfg.lambda2 is None:
-        cfg.lambda2 = 0.1 if order[1] < order[0] else 1.0
+        cfg.lambda2 = 0.1 if sizes[1] < sizes[0] else 1.0
     if not cfg.t_dim:
         cfg.t_dim = 384
         if families[0] != families[1]:
