@@ -58,6 +58,11 @@ import eval_knn
 import eval_linear
 import mokd
 
+# The tests compare digits of the CPU, and start more processes than a machine may have GPUs. One test asks for
+# the GPU, in a process of its own.
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 CNN = "layers=1,1,1,1 channels=8,8,16,16".split()
 VIT = "img_size=32 patch_size=8 embed_dim=24 depth=2 num_heads=2".split()
@@ -2144,19 +2149,30 @@ def test_features_on_cuda_bring_no_wait_for_a_batch(gpu):
     assert waits[0] == waits[1]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+STEP_ON_GPU = """
+import sys, torch, mokd
+if not torch.cuda.is_available():
+    raise SystemExit("no GPU")
+cfg = mokd.parse_args(sys.argv[1:])
+device = torch.device("cuda", 0)
+models = mokd.build_models(cfg, device)
+crops = [torch.randint(256, (cfg.batch_size, n, size, size, 3), dtype=torch.uint8).pin_memory()
+         for n, size in ((2, cfg.global_size), (cfg.local_crops, cfg.local_size))]
+for step in range(3):
+    torch.cuda.set_sync_debug_mode("error" if step == 2 else "default")   # a wait for the GPU raises
+    x = mokd.make_views(crops, cfg, device, step)
+    mokd.train_step(*models, x, cfg, mokd.schedule(cfg, step, 10))
+"""
+
+
 def test_no_step_waits_for_the_gpu():
-    cfg = mokd.parse_args([*SMALL, *PAIR])
-    cfg.dtype = "bf16"
-    device = torch.device("cuda")
-    models = mokd.build_models(cfg, device)
-    images, _ = mokd.get_data(cfg)
-    items = [mokd.MultiCrop(images, cfg)[0, i] for i in range(8)]
-    crops = [c.pin_memory() for c in torch.utils.data.default_collate(items)]
-    for step in range(3):
-        torch.cuda.set_sync_debug_mode("error" if step == 2 else "default")
-        mokd.train_step(*models, mokd.make_views(crops, cfg, device, step), cfg, now_of(cfg))
-    torch.cuda.set_sync_debug_mode("default")
+    env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    env |= {"PYTHONPATH": HERE} | ({} if GPUS is None else {"CUDA_VISIBLE_DEVICES": GPUS})
+    done = subprocess.run([sys.executable, "-c", STEP_ON_GPU, *SMALL, *PAIR, "--dtype", "bf16"],
+                          capture_output=True, text=True, env=env)
+    if "no GPU" in done.stderr:
+        pytest.skip("needs a GPU")
+    assert done.returncode == 0, done.stderr
 
 
 # ----------------------------------------------------------------------------- eval_knn.py and eval_linear.py

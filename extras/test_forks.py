@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""   # digits of the CPU are compared
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 NETS = ("--arch1 vit_tiny --model_kwargs1 img_size=32 patch_size=8 embed_dim=32 depth=1 num_heads=2 "
