@@ -58,8 +58,8 @@ import eval_knn
 import eval_linear
 import mokd
 
-# The tests compare digits of the CPU, and start more processes than a machine may have GPUs. One test asks for
-# the GPU, in a process of its own.
+# The tests compare digits of the CPU, and start more processes than a machine may have GPUs. One test asks
+# for the GPU, in a process of its own.
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
