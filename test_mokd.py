@@ -2451,9 +2451,9 @@ def test_eval_knn_takes_weights_students_and_one_model(trained, few, tmp_path, m
     assert torch.allclose(backbone(mokd.normalize(x))[0], plain.eval()((x - 0.5) / 0.5), atol=1e-5)
 
 
-def test_pretrained_without_a_network_fails_within_seconds(capsys):
+def test_pretrained_without_a_network_fails_within_seconds(tmp_path):
     """It took 50 s and twelve lines of retries. The address is one where nobody listens."""
-    env = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": os.devnull, "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "eval_knn.py", "--arch", "resnet18", "--pretrained", "--data", "toy",
                "--image_size", "32"]
     start = time.time()
