@@ -2897,10 +2897,10 @@ def test_optimizer_weight_decay_and_intervals_are_those_asked_for(trained, few, 
 
 
 def test_the_log_has_all_rates_and_its_line_says_what_it_shows(trained, few, tmp_path, capsys, monkeypatch):
-    evaluate = eval_linear.evaluate
+    evaluate, pause = eval_linear.evaluate, [2.5]
 
     def slow(*args):
-        time.sleep(0.5)
+        time.sleep(pause[0])
         return evaluate(*args)
     monkeypatch.setattr(eval_linear, "evaluate", slow)
     schedule = mokd.cosine_schedule
@@ -2926,15 +2926,16 @@ def test_the_log_has_all_rates_and_its_line_says_what_it_shows(trained, few, tmp
         assert r["lr 1 resnet18"] == {"0.05": 0.05 * r["lr/peak"], "0.1": 0.1 * r["lr/peak"]}
     for r in evaluations:
         assert r["highest top1 1 resnet18"] == max(v["top1"] for v in r["accuracies 1 resnet18"].values())
-    # evaluations, of half a second each, are in no step's speed, but in the time that is left
+    # evaluations, of 2.5 s each, are in no step's speed, but in the time that is left
     for r in steps:
         assert 0.2 * 64 / 0.1 < r["images/s"] < 64 / 0.1
-    assert steps[1]["step"] == 10 and steps[1]["minutes_left"] > (10 * 0.1 + 2 * 0.5) / 60
+    assert steps[1]["step"] == 10 and steps[1]["minutes_left"] > (10 * 0.1 + 2 * 2.5) / 60
     assert steps[-1]["minutes_left"] == 0
     printed = capsys.readouterr().out
     for words in ("lowest loss 1 resnet18", "highest top1 1 resnet18", "best top-1 in epoch"):
         assert words in printed
 
+    pause[0] = 0.5
     linear(tmp_path / "b", *args, "--epochs", 2, "--log_every", 2, "--finetune", "--lr", 0.05, 0.1)
     log = [json.loads(line) for line in open(tmp_path / "b" / "log.jsonl")]
     left = [r["minutes_left"] for r in log if r.get("step") == 8]
