@@ -68,8 +68,8 @@ def difference(row, base, value):
     return text if text.startswith("-") else "+" + text
 
 def table(rows, against="sm"):
-    """{row: {seed: (model 1, model 2)}} -> lines of markdown: mean ± deviation over seeds, and differences to
-    the pair's row `against`: of model 1, of model 2, and of the mean of both."""
+    """{row: {seed: (model 1, model 2)}} -> lines of markdown: mean ± deviation over seeds, and differences
+    to the pair's row `against`: of model 1, of model 2, and of the mean of both."""
     of_models = [operator.itemgetter(0), operator.itemgetter(1)]
     lines = [f"| row | seeds | model 1 | model 2 | less {against}: model 1 | model 2 | mean of both |",
              "|---|---|---|---|---|---|---|"]
