@@ -10,9 +10,9 @@ model's local features.
     python mokd.py --data path/to/images --arch1 resnet18 --arch2 vit_tiny  # one process, any device
     torchrun --nproc_per_node=8 mokd.py --arch1 resnet50 --arch2 vit_small  # the paper's ImageNet recipe
 
-The order is the paper's: settings and views (A.1), backbones, heads and the feature search (3.3, 3.4), losses
-(3.2, 3.3), schedules, optimizers, and Algorithm 1 (train_step). k-NN, checkpoints, the toy data and main
-follow.
+The order is the paper's, with what every program needs around it: settings (A.1), processes, images and views
+(A.1), backbones, heads and the feature search (3.3, 3.4), losses (3.2, 3.3), schedules, optimizers, and
+Algorithm 1 (train_step); then k-NN (A.2), checkpoints, the training loop, the toy data and main.
 
 Names are Algorithm 1's: m and t are logits of the MLP-Head and the T-Head, Z is a representation, and a
 trailing _ belongs to the momentum net. In shapes, B is the images of one process and V = 2 + L the views of
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from timm.layers import resample_abs_pos_embed
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torchvision.transforms.v2 import RandomResizedCrop, functional as TF
@@ -42,7 +42,8 @@ except ImportError:   # torchvision announces to leave decoding to another packa
     decode_jpeg = None
 
 class UserError(Exception):
-    """Ends the program with a sentence for the user. Code 2: the command was wrong; 1: the run failed."""
+    """Ends the program with a sentence for the user. Code 2: the command was wrong; 1: the run failed;
+    128 + number: a signal."""
     def __init__(self, message, code=2):
         super().__init__(message)
         self.code = code
@@ -133,7 +134,7 @@ class Config:
     freeze_last_layer: int = flag(1, "epochs of still last layers [released code]; raise if losses rise")
 
     out: str = free("", "folder of results; by default runs/ARCH1-ARCH2", "running")
-    seed: int = flag(0, "seed of everything that is drawn")
+    seed: int = flag(0, "seed of everything that is drawn but the toy images")
     dtype: str = free("auto", "numbers of autocast; auto takes bf16, fp16 on older GPUs, fp32 on the CPU",
                       choices=("auto", "bf16", "fp16", "fp32"))
     compile: bool = free(False, "compile both models with torch.compile")
@@ -259,8 +260,8 @@ def join_processes():
     device = torch.device("mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
     if torch.cuda.is_available():
         device, there = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), torch.cuda.device_count()
-        if device.index >= there:
-            raise UserError(f"process {device.index} finds no GPU: --nproc_per_node at most {there}")
+        if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > there:
+            raise UserError(f"more processes than GPUs: give --nproc_per_node at most {there}")
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -272,7 +273,8 @@ def fill_in_machine(cfg, device, world):
         raise UserError(f"--batch_size {cfg.batch_size} is no multiple of {world} processes: change it")
     gpu = device.type == "cuda"
     if cfg.dtype == "auto":
-        cfg.dtype = "fp32" if not gpu else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        newer = gpu and torch.cuda.get_device_capability(device) >= (8, 0)   # than V100 and T4, without bf16
+        cfg.dtype = "bf16" if newer else "fp16" if gpu else "fp32"
     if cfg.workers is None:
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         cfg.workers = min(16, max(1, cores)) if gpu else 1
@@ -512,7 +514,7 @@ def adjust_hue(x, f):
     r, g, b = x.split(1, 1)
     v = x.amax(1, keepdim=True)
     c = v - x.amin(1, keepdim=True)
-    d = c.clamp_min(1e-8)
+    d = c.clamp_min(1e-8)   # gray has c = 0 and any hue
     h = torch.where(v == r, (g - b) / d, torch.where(v == g, (b - r) / d + 2, (r - g) / d + 4))
     k = (h + 6 * f + torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)) % 6
     return v - c * torch.minimum(k, 4 - k).clamp(0, 1)
@@ -606,7 +608,7 @@ class Backbone(nn.Module):
     def __init__(self, model, pool):
         super().__init__()
         self.model, self.prefix = model, getattr(model, "num_prefix_tokens", 0)
-        self.cls = pool == "cls" and self.prefix > 0
+        self.cls = pool == "cls" and getattr(model, "cls_token", None) is not None
 
     def forward(self, x):
         y = self.model.forward_features(x)
@@ -615,7 +617,8 @@ class Backbone(nn.Module):
             tokens = y.flatten(1, 2) if nhwc else y.flatten(2).mT
         else:
             tokens = y[:, self.prefix:]
-        return y[:, 0] if self.cls else tokens.mean(1), tokens
+        pooled = y[:, 0] if self.cls else tokens.mean(1)
+        return pooled, tokens
 
 def no_drop_path(net):
     for m in net.modules():
@@ -655,9 +658,8 @@ def build_backbone(name, model_kwargs=None, patch_size=16, pool="mean", sizes=(2
         backbone.family = "cnn"
         no_drop_path(model)
 
-    # Try every view size now, because a model that cannot take one would fail in the first step. The global
-    # size comes last, because pooled and tokens are used below, and num_tokens counts a global view's.
-    for size in reversed(sizes):
+    # Try every view size now, because a model that cannot take one would fail in the first step.
+    for size in [*sizes[1:], sizes[0]]:   # the global size last, because what it gives is used below
         try:
             pooled, tokens = backbone(torch.rand(2, 3, size, size))
         except Exception as error:
@@ -697,7 +699,7 @@ def load_backbone(backbone, file, flag):
     used = {name for name, p in backbone.model.named_parameters() if p.requires_grad}
     for prefix in PREFIXES:   # the last, the empty one, stays if no other fits
         state = {name.removeprefix(prefix): w for name, w in theirs.items() if name.startswith(prefix)}
-        if used <= state.keys():
+        if state and used <= state.keys():
             break
     wrong = [name for name in own if name in state and state[name].shape != own[name].shape]
     wrong += sorted(used - state.keys())
@@ -795,7 +797,7 @@ class Net(nn.Module):
         outputs, B = [self.backbone(views) for views in x], len(x[0]) // 2
         Z = Representation(torch.cat([pooled for pooled, _ in outputs]), [tokens for _, tokens in outputs])
         m, t = self.mlp_head(Z.pooled).unflatten(0, (-1, B)), None
-        if self.t_head:
+        if self.t_head is not None:
             t = torch.cat([self.t_head(tokens) for tokens in Z.tokens]).unflatten(0, (-1, B))
         return m, t, Z
 
@@ -812,9 +814,9 @@ def search(t_, query, Z_, pairs):
     momentum net reads its tokens Z_ (2B, N, C) of the global views with queries (VB, dim) of the other
     student -> (pairs, B, K)."""
     B, found = len(Z_) // 2, []
-    query = query.split(B)
+    queries = query.split(B)   # one for each view
     for g in range(2):
-        searching = [query[v] for h, v in pairs if h == g]
+        searching = [queries[v] for searched, v in pairs if searched == g]
         if searching:   # eq. (6): the queries and the tokens that they search go through the blocks together
             found.append(t_(Z_[g * B:(g + 1) * B], torch.cat(searching)))
     return torch.cat(found).unflatten(0, (-1, B))
@@ -826,8 +828,8 @@ def target(t, center=0.0, teacher_temp=0.07):
     return ((t.detach().float() - center) / teacher_temp).softmax(-1)
 
 def cross_entropy(p, s, student_temp=0.1):
-    """-sum p log softmax(x) with x = s / tau, mean over the batch; p and s are (B, K). log softmax(x) is
-    x - logsumexp(x). The sum is linear in p, so p may be a sum of targets."""
+    """-sum p log softmax(x) with x = s / tau, mean over the batch; p and s are (B, K). As log softmax(x) is
+    x - logsumexp(x), this is sum(p) logsumexp(x) - sum(p x). Where p adds up n targets, sum(p) is n."""
     x = s.float() / student_temp
     return (p.sum(-1) * x.logsumexp(-1) - (p * x).sum(-1)).mean()
 
@@ -835,7 +837,7 @@ def H(t, s, center=0.0, teacher_temp=0.07, student_temp=0.1, pairs=None):
     """H(t, s) of Algorithm 1 for momentum logits t (G, B, K) and a student's s (V, B, K), averaged over pairs
     of views: sum(H(t[g], s[v]) for g, v in pairs) / len(pairs). By default all different views."""
     pairs = pairs or [(g, v) for g in range(len(t)) for v in range(len(s)) if v != g]
-    return MultiCropH.apply(s, t, center, teacher_temp, student_temp, pairs)
+    return MultiCropH.apply(t, s, center, teacher_temp, student_temp, pairs)
 
 multi_crop_H = H   # forks know it by this name too
 
@@ -846,32 +848,31 @@ class MultiCropH(torch.autograd.Function):
     def views_and_targets(t, s, center, teacher_temp, pairs):
         """Yields v, p: a view v of s that has partners in t, and p (B, K), the sum of its partners' targets.
         Views with the same partners come in a row, so p is made once for them."""
-        learners = {}   # rows of t -> the views that learn from them
+        learners = {}   # partners, as (0,), (1,) or (0, 1) -> the views that learn from just these
         for v in range(len(s)):
-            rows = tuple(g for g, w in pairs if w == v)
-            if rows:
-                learners.setdefault(rows, []).append(v)
-        for rows in sorted(learners):
-            p = sum(target(t[g], center, teacher_temp) for g in rows)
-            for v in learners[rows]:
+            partners = tuple(g for g, view in pairs if view == v)
+            if partners:
+                learners.setdefault(partners, []).append(v)
+        for partners, views in sorted(learners.items()):
+            p = sum(target(t[g], center, teacher_temp) for g in partners)
+            for v in views:
                 yield v, p
 
     @staticmethod
-    def forward(ctx, s, t, center, teacher_temp, student_temp, pairs):
-        ctx.save_for_backward(s, t)
+    def forward(ctx, t, s, center, teacher_temp, student_temp, pairs):
+        ctx.save_for_backward(t, s)
         ctx.others = center, teacher_temp, student_temp, pairs
         views = MultiCropH.views_and_targets(t, s, center, teacher_temp, pairs)
         return sum(cross_entropy(p, s[v], student_temp) for v, p in views) / len(pairs)
 
     @staticmethod
     def backward(ctx, grad_loss):
-        (s, t), (center, teacher_temp, student_temp, pairs) = ctx.saved_tensors, ctx.others
-        grad = torch.zeros_like(s)
+        (t, s), (center, teacher_temp, student_temp, pairs) = ctx.saved_tensors, ctx.others
+        grad, scale = torch.zeros_like(s), grad_loss / (len(pairs) * s.shape[1] * student_temp)
         for v, p in MultiCropH.views_and_targets(t, s, center, teacher_temp, pairs):
             q = (s[v].float() / student_temp).softmax(-1)
-            scale = grad_loss / (len(pairs) * s.shape[1] * student_temp)
             grad[v] = (q * p.sum(-1, keepdim=True) - p) * scale
-        return grad, None, None, None, None, None
+        return None, grad, None, None, None, None
 
 # -------------------------------------------------------------------------------------------- schedules (A.1)
 def cosine_schedule(step, steps, start, end, warmup=0, rise=None):
@@ -948,17 +949,18 @@ class Model:
 
     def make_optimizers(self, device):
         """One optimizer (3.4), or two where a CNN's T-Head has another kind, for all that is in the net."""
-        cfg, kinds = self.cfg, dict(sgd={}, adamw={})   # optimizer -> {(family, decays): its parameters}
+        cfg, kinds = self.cfg, dict(sgd={}, adamw={})   # optimizer -> {(family, decays): group}
         for name, p in self.net.named_parameters():
             cnn_t_head = self.family == "cnn" and name.startswith("t_head.")
             family = "vit" if cnn_t_head else self.family   # whose learning rate and weight decay it has
             kind = cfg.t_optimizer if cnn_t_head else getattr(cfg, f"{family}_optimizer")
             decays = p.dim() > 1 or (cnn_t_head and cfg.recipe == "release")
             if p.requires_grad:
-                kinds[kind].setdefault((family, decays), []).append(p)
+                group = dict(params=[], family=family, decays=decays)
+                kinds[kind].setdefault((family, decays), group)["params"].append(p)
         optimizers = []
-        for kind, groups in kinds.items():
-            groups = [dict(params=ps, family=family, decays=decay) for (family, decay), ps in groups.items()]
+        for kind, by_key in kinds.items():
+            groups = list(by_key.values())
             if groups and kind == "sgd":
                 optimizers.append(torch.optim.SGD(groups, lr=0.0, momentum=0.9, foreach=True))
             elif groups:
@@ -996,7 +998,7 @@ class Model:
     @torch.no_grad()
     def update_momentum_net(self, l):
         """n_.params = l * n_.params + (1 - l) * n.params. Batch-norm statistics are n_'s own."""
-        torch._foreach_lerp_(self.params_, self.params, 1 - l)
+        torch._foreach_lerp_(self.params_, self.params, 1 - l)   # n_ + (1 - l) (n - n_), which is the same
 
     @torch.no_grad()
     def update_centers(self, m_, t_):
@@ -1011,7 +1013,7 @@ class Model:
                     optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
 
     def load_state(self, state):
-        """Take up what state() gave. Raises ValueError or RuntimeError where it does not fit."""
+        """Take up what state() gave. Where it does not fit, torch raises errors of several kinds."""
         self.net.load_state_dict(state["net"])
         self.momentum_net.load_state_dict(state["momentum_net"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -1033,11 +1035,11 @@ def train_step(model1, model2, x, cfg, now, scaler=None):
     lambda1, lambda2, l, losses = cfg.lambda1, cfg.lambda2, now.l, loss_names(cfg)
     tau, temp, scaler = cfg.student_temp, now.temp, scaler or torch.amp.GradScaler(enabled=False)
     pairs = sorted(search_pairs(2 + cfg.local_crops, cfg.search))   # by g, the order in which search answers
-    rows = [(row, v) for row, (g, v) in enumerate(pairs)]   # (g, v) of H: row of t1_s, t2_s; view that learns
+    found = [(row, v) for row, (_, v) in enumerate(pairs)]   # t1_s[row] and t2_s[row] teach view v
     zero = torch.zeros((), device=x[0].device)
 
     with autocast(x[0].device, cfg.dtype):
-        # The students see all views, the momentum nets the two global ones.
+        # The students see all views, the momentum nets the two global ones, which are x[0].
         m1, t1, Z1 = n1(x, now)   # m1, t1: (V, B, K)
         m2, t2, Z2 = n2(x, now)
         with torch.no_grad():
@@ -1059,8 +1061,8 @@ def train_step(model1, model2, x, cfg, now, scaler=None):
     # Cross-distillation (3.3) through the MLP-Heads, eq. (5), and the search, eq. (7), also printed loss_it
     loss_cm1 = H(m2_, m1, C_m2, temp, tau) if "cm" in losses else zero
     loss_cm2 = H(m1_, m2, C_m1, temp, tau) if "cm" in losses else zero
-    loss_ct1 = H(t2_s, t1, C_s2, temp, tau, rows) if "ct" in losses else zero
-    loss_ct2 = H(t1_s, t2, C_s1, temp, tau, rows) if "ct" in losses else zero
+    loss_ct1 = H(t2_s, t1, C_s2, temp, tau, found) if "ct" in losses else zero
+    loss_ct2 = H(t1_s, t2, C_s1, temp, tau, found) if "ct" in losses else zero
 
     # eq. (9): the sum of self-distillation, eq. (4), and lambda times the sum of cross-distillation, eq. (8)
     loss1 = (loss_sm1 + loss_st1) + lambda1 * (loss_cm1 + loss_ct1)
@@ -1111,6 +1113,8 @@ def extract_features(backbones, views, device, batch_size=256, workers=0, rank=0
     """-> ([L2-normalized pooled features (n, C) of each backbone, in half precision], labels (n,)) on the
     device, of every world-th image from the rank-th on. progress(n) is told how many are done. Raises
     UserError where features are not finite or more than 1 % of the images cannot be read."""
+    if len(views) < world:
+        raise UserError(f"{len(views)} images are too few for {world} processes: start fewer")
     part = Subset(views, range(rank, len(views), world))
     modes, features, labels, done = [b.training for b in backbones], [], [], 0
     for b in backbones:
@@ -1182,7 +1186,7 @@ def save(cfg, models, step, scaler, n_images):
     OSError where the disk does not take them, and UserError rather than save weights that are not finite."""
     for m in models:
         if not torch.stack(torch._foreach_norm([p.detach() for p in m.params])).isfinite().all():
-            raise UserError(f"step {step - 1}: weights of model {m.i} not finite after it. {ADVICE}", 1)
+            raise UserError(f"step {step}: weights of model {m.i} not finite after it. {ADVICE}", 1)
     if MAIN:
         for m in models:
             weights = m.momentum_net.backbone.model.state_dict()
@@ -1222,7 +1226,8 @@ def refuse_other_settings(path, saved, cfg):
         say(f"resuming {path} with other settings: {'; '.join(changed)}")
 
 def find_checkpoint(cfg, n_images):
-    """-> the checkpoint of --out, or None. Raises UserError: other settings, or processes disagree."""
+    """-> the checkpoint of --out, or None. Raises UserError if it is damaged or of other settings or images,
+    or if processes disagree."""
     path, state = f"{cfg.out}/checkpoint.pth", None
     if os.path.exists(path):
         state = read_checkpoint(path)
@@ -1230,10 +1235,13 @@ def find_checkpoint(cfg, n_images):
         if state.get("images", n_images) != n_images:
             raise UserError(f"{path}: --data {cfg.data} had {state['images']} images, now {n_images}. Give "
                             f"the same, or another --out")
-    steps = gather(torch.tensor([state["step"] if state else 0]), 1).tolist()
+    steps, counts = gather(torch.tensor([[state["step"] if state else 0, n_images]]), 1).T.tolist()
     if len(set(steps)) > 1:
         raise UserError(f"--out {cfg.out}: processes find checkpoints of steps {sorted(set(steps))}: all "
                         f"machines must share this folder")
+    if len(set(counts)) > 1:
+        raise UserError(f"--data {cfg.data}: processes find {sorted(set(counts))} images: all machines must "
+                        f"have the same")
     return state
 
 def open_out(cfg):
@@ -1250,36 +1258,40 @@ def open_out(cfg):
 def read_losses(window, first):
     """Losses of the steps from `first` on -> their means over steps and processes, by name. Only here the
     host waits for the device. Raises UserError where one is not finite."""
-    values = torch.stack([torch.stack(list(losses.values())) for losses in window])
+    names = list(window[0])   # the same in each step
+    values = torch.stack([torch.stack(list(losses.values())) for losses in window])   # (steps, names)
     values = mean_over_processes(values).cpu()
     finite = values.isfinite().all(1).tolist()
     if not all(finite):
         row = finite.index(False)
-        names = [name for name, value in zip(window[0], values[row]) if not value.isfinite()]
-        raise UserError(f"step {first + row}: {', '.join(names)} not finite. {ADVICE}", code=1)
-    return dict(zip(window[0], values.mean(0).tolist()))
+        wrong = [name for name, value in zip(names, values[row]) if not value.isfinite()]
+        raise UserError(f"step {first + row}: {', '.join(wrong)} not finite. {ADVICE}", code=1)
+    return dict(zip(names, values.mean(0).tolist()))
 
 @torch.no_grad()
 def target_statistics(logits, models, now):
-    """Of each momentum head on this batch, in nats: the mean entropy of its targets, and their spread
-    (entropy of the mean target less mean entropy). A head without spread says the same of every image: it has
-    collapsed, which no loss shows."""
+    """Of each momentum head on this batch, in nats: the mean entropy of its targets, with the centers after
+    the step, and their spread (entropy of the mean target less mean entropy). A head without spread says the
+    same of every image: it has collapsed, which no loss shows."""
     stats = {}
-    for m in models:
-        for head, center in (("m", m.C_m), ("t", m.C_t)):
-            t = logits[f"{head}{m.i}"]
+    for model in models:
+        for head, center in (("m", model.C_m), ("t", model.C_t)):
+            t = logits[f"{head}{model.i}"]
             if t is not None:
-                p = target(t, center, m.temp(now)).flatten(0, 1)
+                p = target(t, center, model.temp(now)).flatten(0, 1)
                 mean_entropy = torch.special.entr(p).sum(-1).mean()
-                stats[f"entropy_{head}{m.i}"] = mean_entropy
-                stats[f"spread_{head}{m.i}"] = torch.special.entr(p.mean(0)).sum() - mean_entropy
+                stats[f"entropy_{head}{model.i}"] = mean_entropy
+                stats[f"spread_{head}{model.i}"] = torch.special.entr(p.mean(0)).sum() - mean_entropy
     return dict(zip(stats, mean_over_processes(torch.stack(list(stats.values()))).tolist()))
 
 def memory_gb(device):
     """Peak memory of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource   # which Windows lacks
+    try:
+        import resource
+    except ImportError:   # Windows has none
+        return 0.0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
@@ -1324,7 +1336,7 @@ def train(cfg, models, images, val, state, device, rank, world):
     first, per_epoch = step, len(images) // cfg.batch_size
     steps, save_every = cfg.epochs * per_epoch, cfg.save_every or per_epoch
     watch, window, start = Watch(images), [], time.time()
-    clock = start   # when the steps in window began
+    clock = start   # when the steps in window began, less what is no training
 
     def log_knn(step):   # after the last step of every knn_every epochs
         if cfg.knn_every and step and step % (cfg.knn_every * per_epoch) == 0:
@@ -1334,7 +1346,7 @@ def train(cfg, models, images, val, state, device, rank, world):
 
     # Workers crop ahead of time; the device makes views of the crops and takes the step.
     keys = batches(len(images), cfg, first, rank, world)
-    for crops in make_loader(MultiCrop(images, cfg), device, cfg.workers, batch_sampler=keys):
+    for *crops, bad, reasons in make_loader(MultiCrop(images, cfg), device, cfg.workers, batch_sampler=keys):
         now = schedule(cfg, step, per_epoch)
         x = make_views(crops, cfg, device, step, rank, world)
         losses, logits = train_step(*models, x, cfg, now, scaler)
@@ -1342,25 +1354,27 @@ def train(cfg, models, images, val, state, device, rank, world):
         step += 1
 
         # Decide what this step ends with. A signal ends the run, after a checkpoint.
-        number = watch.after_step(crops[2].tolist(), crops[3])
-        end_of_epoch, logging = step % per_epoch == 0, step % cfg.log_every == 0 or step == steps
+        number = watch.after_step(bad.tolist(), reasons)
+        logging = step % cfg.log_every == 0 or step == steps
         saving = number or step % save_every == 0 or step == steps
         if logging or saving:   # what is not finite is noticed here, before it is saved
-            means, seconds, n = read_losses(window, step - len(window)), time.time() - clock, len(window)
-            window, clock = [], time.time()
+            means = read_losses(window, step - len(window) + 1)
         if logging:
+            seconds, n_steps = time.time() - clock, len(window)
+            window, clock = [], time.time()
             record = dict(epoch=now.epoch, step=step, steps=steps)
             left_out = {"sm", "cm", "st", "ct"} - loss_names(cfg)
             record |= {name: mean for name, mean in means.items() if name[:2] not in left_out}
             record |= {f"lr{m.i}": now.lr[m.family] for m in models}
-            record |= {"images/s": cfg.batch_size * n / seconds, "GB": memory_gb(device),
+            record |= {"images/s": cfg.batch_size * n_steps / seconds, "GB": memory_gb(device),
                        "minutes_left": (clock - start) / (step - first) * (steps - step) / 60}
             stats = target_statistics(logits, models, now)
-            log(cfg, record | stats, last=end_of_epoch)
+            log(cfg, record | stats, last=step % per_epoch == 0)
             if step > steps / 4:   # earlier, targets may be uniform and yet part later
                 report_collapse(stats, cfg)
-            if scaler.is_enabled() and scaler.get_scale() < 1e-3:
+            if MAIN and scaler.is_enabled() and scaler.get_scale() < 1e-3:
                 warn("fp16 skips every step, as gradients overflow: use --dtype fp32, or lower rates")
+        paused = time.time()
         if saving:
             try:
                 save(cfg, models, step, scaler, len(images))
@@ -1372,14 +1386,13 @@ def train(cfg, models, images, val, state, device, rank, world):
             raise UserError(f"stopped by {number.name} after step {step}; the same command goes on there",
                             code=128 + number)
         log_knn(step)
-        if end_of_epoch:
-            clock = time.time()   # images/s counts neither the epoch's checkpoint nor its k-NN
+        clock += time.time() - paused   # images/s counts neither checkpoints nor k-NN
     watch.end()
 
 def report_collapse(stats, cfg):
     flat = [name.removeprefix("spread_") for name, value in stats.items()
             if name.startswith("spread") and value < 0.01 * math.log(cfg.out_dim)]
-    if flat:
+    if flat and MAIN:
         warn(f"collapse? The targets of {', '.join(flat)} hardly differ between images (entropy and spread "
              f"in log.jsonl): try a lower --teacher_temp, lower learning rates, a higher --ema, or --t_norm")
 
@@ -1469,7 +1482,7 @@ class Pixels(nn.Module):
         return x.flatten(1), None
 
 def refuse_unlike_classes(train, val, data):
-    """Raise UserError unless val has labels, and the same class folders as train."""
+    """Raise UserError unless there is a val, with the same class folders as train."""
     if val is None:
         raise UserError(f"--knn_every: --data {data} has no val/ with class folders to classify")
     odd = sorted(set(getattr(train, "classes", ())) ^ set(getattr(val, "classes", ())))
@@ -1512,7 +1525,7 @@ def run(cfg):
     # Say how to load what came out.
     for i, b in enumerate(backbones, 1):
         kwargs = dict(b.timm_kwargs)
-        if b.timm_name.startswith("vit_"):   # so that it takes all sizes and gives the feature used here
+        if isinstance(b.model, VisionTransformer):   # then it takes all sizes and gives the feature used here
             kwargs |= dict(dynamic_img_size=True, global_pool="token" if b.cls else "avg", fc_norm=False)
         kwargs = "".join(f", {name}={value!r}" for name, value in kwargs.items())
         file = f"{cfg.out}/model{i}.pth"
@@ -1538,7 +1551,7 @@ def main(argv=None, program="mokd.py", parse=parse_args, run=run):
         run(parse(argv))
         return 0
     except UserError as error:
-        if MAIN or error.code == 1:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or error.code == 1:   # once on each machine
             warn(f"{program}: {error}")
         return error.code
     except KeyboardInterrupt:

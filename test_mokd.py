@@ -856,6 +856,11 @@ def test_a_vit_pools_patches_or_cls():
     b.cls = False
     assert torch.allclose(b(x)[0], y[:, 1:].mean(1), atol=1e-6)
     assert mokd.build_backbone("vit_small", dict(depth=1), patch_size=8, sizes=(64,)).num_tokens == 64
+    # four registers and no CLS token: the mean of the patches is all that there is
+    registers = "vit_medium_patch16_reg4_gap_256"
+    b = mokd.build_backbone(registers, kwargs, pool="cls", sizes=(32,)).eval()
+    y = b.model.forward_features(x)
+    assert b.prefix == 4 and torch.equal(b(x)[0], y[:, 4:].mean(1))
 
 
 @pytest.mark.parametrize("arch, kwargs, word", [
@@ -1389,7 +1394,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
         return real(p, s, student_temp) * (math.nan if len(count) > 8 * 4 * 7 else 1)   # from the 8th step on
     monkeypatch.setattr(mokd, "cross_entropy", broken)
     code, message = fail(["--out", tmp_path, *short(data), "--log_every", 100], capsys)
-    assert code == 1 and "step 7: sm1" in message and "not finite" in message
+    assert code == 1 and "step 8: sm1" in message and "not finite" in message   # as the log counts
     assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["step"] == 6
 
 
@@ -1426,6 +1431,104 @@ def test_a_batch_that_does_not_divide_by_the_processes_is_refused(tmp_path, monk
     assert code == 2 and "--batch_size 8" in message and "3 processes" in message
 
 
+@pytest.mark.parametrize("name, kwargs, word", [
+    ("deit_small_patch16_224", VIT, "global_pool='avg'"), ("vit_tiny", VIT, "global_pool='avg'"),
+    ("resnet18", CNN, "channels=(8, 8, 16, 16)")])
+def test_the_printed_call_gives_the_feature_that_was_trained(
+        uninterrupted, name, kwargs, word, tmp_path, capsys):
+    args = ["--arch1", name, "--model_kwargs1", *kwargs, "--losses", "sm"]
+    run = ["--out", tmp_path, *short(uninterrupted[1]), "--epochs", 1]
+    assert mokd.main([*SMALL, *PAIR, *args, *map(str, run)]) == 0
+    call = [line for line in capsys.readouterr().out.splitlines() if line.startswith("timm.create_model")][0]
+    assert word in call
+    model = eval(call).eval()   # as a user pastes it
+    backbone = models_of(config(*args))[0].momentum_net.backbone
+    mokd.load_backbone(backbone, tmp_path / "model1.pth", "--init1")
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.allclose(model(x), backbone.eval()(x)[0], atol=1e-5)
+
+
+def test_images_per_second_leave_out_checkpoints_and_knn_and_no_step(uninterrupted, tmp_path, monkeypatch):
+    """By a clock on which a step takes 1 s, a checkpoint 100 s, k-NN 1000 s; where --save_every divides
+    neither --log_every nor an epoch's 12 steps. A loss in the log is the mean over all steps since the last
+    line."""
+    _, data, _ = uninterrupted
+    clock, sm1 = [0.0], []
+
+    def slowly(function, seconds):
+        def slow(*args, **kwargs):
+            clock[0] += seconds
+            result = function(*args, **kwargs)
+            if seconds == 1:
+                sm1.append(result[0]["sm1"].item())
+            return result
+        return slow
+    monkeypatch.setattr(mokd, "time", argparse.Namespace(time=lambda: clock[0]))
+    monkeypatch.setattr(mokd, "train_step", slowly(mokd.train_step, 1))
+    monkeypatch.setattr(mokd, "save", slowly(mokd.save, 100))
+    monkeypatch.setattr(mokd, "refuse_unlike_classes", lambda *_: None)
+    monkeypatch.setattr(mokd, "knn_accuracy", slowly(lambda *_: (1.0, 2.0), 1000))
+    args = ["--out", tmp_path, *short(data), "--save_every", 7, "--log_every", 5, "--knn_every", 1]
+    assert mokd.main([*SMALL, *PAIR, *map(str, args)]) == 0
+    log = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
+    steps = [r for r in log if "step" in r]
+    assert [r["step"] for r in steps] == [5, 10, 15, 20, 24] and len(log) == 7
+    assert [r["images/s"] for r in steps] == [2.0] * 5
+    bounds = [0] + [r["step"] for r in steps]
+    for first, last, r in zip(bounds, bounds[1:], steps):
+        assert math.isclose(r["sm1"], sum(sm1[first:last]) / (last - first), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("capability, dtype", [((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"),
+                                               ((9, 0), "bf16")])
+def test_auto_takes_bf16_where_a_gpu_computes_with_it(capability, dtype, monkeypatch):
+    """torch.cuda.is_bf16_supported() is true on a V100 too, where bf16 is emulated."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    cfg = mokd.parse_args([])
+    mokd.fill_in_machine(cfg, torch.device("cuda", 0), 1)
+    assert cfg.dtype == dtype
+    cfg = mokd.parse_args([])
+    mokd.fill_in_machine(cfg, torch.device("cpu"), 1)
+    assert cfg.dtype == "fp32"
+
+
+def test_too_many_processes_for_a_machine_are_refused_once_by_its_first(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(mokd, "MAIN", False)   # as on a second machine
+    for rank, words in ((0, "--nproc_per_node at most 4"), (1, ""), (7, "")):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert mokd.main([]) == 2
+        err = capsys.readouterr().err
+        assert words in err if words else not err
+
+
+def test_machines_with_other_images_are_refused(tmp_path, monkeypatch):
+    cfg = config("--out", tmp_path)
+    cases = (([0, 10], None), ([0, 12], r"find \[10, 12\] images"), ([5, 10], r"steps \[0, 5\]"))
+    for others, words in cases:
+        monkeypatch.setattr(mokd, "gather", lambda x, n: torch.cat([x, torch.tensor([others])]))
+        if words is None:
+            assert mokd.find_checkpoint(cfg, 10) is None
+        else:
+            with pytest.raises(mokd.UserError, match=words):
+                mokd.find_checkpoint(cfg, 10)
+
+
+def test_fewer_images_than_processes_are_refused():
+    views = mokd.EvalView([(Image.new("RGB", (8, 8)), 0)] * 5, 8)
+    with pytest.raises(mokd.UserError, match="5 images are too few for 8 processes"):
+        mokd.extract_features([], views, torch.device("cpu"), rank=6, world=8)
+
+
+def test_memory_where_no_resource_module_is(monkeypatch):
+    assert mokd.memory_gb(torch.device("cpu")) > 0
+    monkeypatch.setitem(sys.modules, "resource", None)   # as on Windows
+    assert mokd.memory_gb(torch.device("cpu")) == 0
+
+
 def test_a_collapse_is_reported(uninterrupted, tmp_path, capsys, monkeypatch):
     _, data, _ = uninterrupted
     real = mokd.MLPHead.forward
@@ -1433,6 +1536,10 @@ def test_a_collapse_is_reported(uninterrupted, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(mokd.MLPHead, "forward", lambda self, x: real(self, 0 * x))
     code, message = fail(["--out", tmp_path, *short(data)], capsys)
     assert code == 0 and "collapse" in message and "m1, m2" in message
+    monkeypatch.setattr(mokd, "MAIN", False)   # of many processes one reports it
+    mokd.report_collapse(dict(spread_m1=0.0), config())
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(mokd, "MAIN", True)
     monkeypatch.undo()
     code, message = fail(["--out", tmp_path / "2", *short(data)], capsys)
     assert code == 0 and "m2" not in message
@@ -2026,7 +2133,8 @@ def gpu(monkeypatch):
     if not torch.backends.cuda.is_built():
         pytest.skip("this torch knows no CUDA")
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)   # autocast asks this
     monkeypatch.setattr(FakeTensor, "tolist", lambda x: fake.read(x).tolist())   # torch's reads one by one
     monkeypatch.setattr(nn.Module, "to", move_real_tensors)
     monkeypatch.setattr(torch.Tensor, "backward", walk_backward)
