@@ -769,6 +769,7 @@ def test_a_figure_is_fit_for_print(name, width, runs, tmp_path, monkeypatch):
     (["featuremap", "--checkpoint", "HERE", "--model", "2"], "of a CNN"),
     (["attention", "--checkpoint", "HERE", "HERE"], "called alike"),
     (["attention", "--checkpoint", "HERE", "--names", "a", "b"], "--names: 2 names for 1 runs"),
+    (["curves", "--log", "HERE", "HERE", "--names", "a", "a"], "--names a a: two are called alike"),
     (["attention", "--checkpoint", "HERE", "--images", "0"], "--images 0"),
     (["attention", "--checkpoint", "HERE", "--width", "1"], "--width 1"),
     (["tsne", "--checkpoint", "HERE", "--perplexity", "400"], "--perplexity 400"),
