@@ -117,8 +117,8 @@ def parse(argv=None):
     if cfg.names and len(cfg.names) != len(names):
         raise UserError(f"--names: {len(cfg.names)} names for {len(names)} runs; give one for each")
     if len({*cfg.names}) < len(cfg.names):
-        raise UserError(f"--names {' '.join(cfg.names)}: two are called alike; give each its own name. Several seeds "
-                        "of one setting are one --log: their folder, or a pattern in quotes")
+        raise UserError(f"--names {' '.join(cfg.names)}: two are called alike; give each its own name. "
+                        "Several seeds of one setting are one --log: their folder, or a pattern in quotes")
     if not cfg.names and len({*names}) < len(names):
         raise UserError(f"{' '.join(files)}: a run is called by its folder, and two are called alike: tell "
                         "them apart with --names")
