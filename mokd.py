@@ -809,16 +809,16 @@ def search_pairs(V, which):
         return [(0, v) for v in range(2, V)]
     return [(g, v) for g in range(2) for v in range(V) if v != g]   # ours: any two that differ, as a and b do
 
-def search(t_, query, Z_, pairs):
+def search(t_, query, tokens_, pairs):
     """t_s = t_(Z, Z_) of Algorithm 1, the cross-attention feature search (3.3, Fig. 3): the T-Head t_ of a
-    momentum net reads its tokens Z_ (2B, N, C) of the global views with queries (VB, dim) of the other
-    student -> (pairs, B, K)."""
-    B, found = len(Z_) // 2, []
+    momentum net reads its tokens_ (2B, N, C) of the global views with queries (VB, dim) of the other student
+    -> (pairs, B, K), in the order of sorted pairs."""
+    B, found = len(tokens_) // 2, []
     queries = query.split(B)   # one for each view
     for g in range(2):
         searching = [queries[v] for searched, v in pairs if searched == g]
-        if searching:   # eq. (6): the queries and the tokens that they search go through the blocks together
-            found.append(t_(Z_[g * B:(g + 1) * B], torch.cat(searching)))
+        if searching:   # eq. (6): each query and its own copy of the tokens go through the blocks together
+            found.append(t_(tokens_[g * B:(g + 1) * B], torch.cat(searching)))
     return torch.cat(found).unflatten(0, (-1, B))
 
 # ------------------------------------------------------------------------------------------ losses (3.2, 3.3)
@@ -1035,7 +1035,7 @@ def train_step(model1, model2, x, cfg, now, scaler=None):
     lambda1, lambda2, l, losses = cfg.lambda1, cfg.lambda2, now.l, loss_names(cfg)
     tau, temp, scaler = cfg.student_temp, now.temp, scaler or torch.amp.GradScaler(enabled=False)
     pairs = sorted(search_pairs(2 + cfg.local_crops, cfg.search))   # by g, the order in which search answers
-    found = [(row, v) for row, (_, v) in enumerate(pairs)]   # t1_s[row] and t2_s[row] teach view v
+    rows = [(row, v) for row, (_, v) in enumerate(pairs)]   # t1_s[row] and t2_s[row] teach view v
     zero = torch.zeros((), device=x[0].device)
 
     with autocast(x[0].device, cfg.dtype):
@@ -1046,8 +1046,8 @@ def train_step(model1, model2, x, cfg, now, scaler=None):
             m1_, t1_, Z1_ = n1_(x[:1])   # m1_, t1_: (2, B, K)
             m2_, t2_, Z2_ = n2_(x[:1])
 
-            # Cross-attention feature search (3.3), in print t1_(Z2, Z1_) and t2_(Z1, Z2_). The T-Head t1_ of
-            # the paper is model1.t_ here, because t1_ holds its logits. A query carries no gradient.
+            # Cross-attention feature search (3.3). Algorithm 1 writes t1_(Z2, Z1_) and t2_(Z1, Z2_); its
+            # T-Head t1_ is model1.t_ here, because t1_ holds logits. A query carries no gradient.
             if "ct" in losses:
                 t1_s = search(model1.t_, model2.t.query_of(Z2.pooled), Z1_.tokens[0], pairs)
                 t2_s = search(model2.t_, model1.t.query_of(Z1.pooled), Z2_.tokens[0], pairs)
@@ -1058,11 +1058,11 @@ def train_step(model1, model2, x, cfg, now, scaler=None):
     loss_st1 = H(t1_, t1, C_t1, temp1, tau) if "st" in losses else zero
     loss_st2 = H(t2_, t2, C_t2, temp2, tau) if "st" in losses else zero
 
-    # Cross-distillation (3.3) through the MLP-Heads, eq. (5), and the search, eq. (7), also printed loss_it
+    # Cross-distillation (3.3) through the MLP-Heads, eq. (5), and the search, eq. (7), once called loss_it
     loss_cm1 = H(m2_, m1, C_m2, temp, tau) if "cm" in losses else zero
     loss_cm2 = H(m1_, m2, C_m1, temp, tau) if "cm" in losses else zero
-    loss_ct1 = H(t2_s, t1, C_s2, temp, tau, found) if "ct" in losses else zero
-    loss_ct2 = H(t1_s, t2, C_s1, temp, tau, found) if "ct" in losses else zero
+    loss_ct1 = H(t2_s, t1, C_s2, temp, tau, rows) if "ct" in losses else zero
+    loss_ct2 = H(t1_s, t2, C_s1, temp, tau, rows) if "ct" in losses else zero
 
     # eq. (9): the sum of self-distillation, eq. (4), and lambda times the sum of cross-distillation, eq. (8)
     loss1 = (loss_sm1 + loss_st1) + lambda1 * (loss_cm1 + loss_ct1)
@@ -1507,6 +1507,9 @@ def run(cfg):
         arch, weight = getattr(cfg, f"arch{m.i}"), getattr(cfg, f"lambda{m.i}")
         say(f"model {m.i}: {arch}, {size:.1f} M parameters, heads {whole - size:.1f} M; treated as a "
             f"{dict(cnn='CNN', vit='ViT')[m.family]}; lambda{m.i} = {weight:g}")
+        if m.t is not None and m.net.backbone.num_tokens == 1 and MAIN:
+            warn(f"--arch{m.i} {arch}: a view of {cfg.global_size} pixels has one local feature, so there is "
+                 f"nothing to search in; for a ResNet try --model_kwargs{m.i} output_stride=8")
     say(f"{len(images):,} images; processes: {world}, on {device.type}, {cfg.dtype}")
 
     # Train. The demo compares k-NN before and after.

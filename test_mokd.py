@@ -788,6 +788,16 @@ REDUCED = {   # the paper's backbones, narrow and shallow, for 32 pixels
     **{f"vit_{size}": ["img_size=32", "patch_size=8", f"embed_dim={dim}", f"depth={depth}", "num_heads=2"]
        for size, dim, depth in (("tiny", 16, 1), ("small", 24, 1), ("base", 32, 2))},
     "efficientnet_b0": ["drop_rate=0.0"], "mobilenetv3_large": ["drop_rate=0.0"]}
+@pytest.mark.parametrize("args, said", [
+    ([], True), (["--losses", "sm"], False), (["--model_kwargs1", *CNN, "output_stride=8"], False)])
+def test_a_map_of_one_local_feature_is_said(args, said, few, tmp_path, capsys):
+    """ResNets have stride 32, so at 32 pixels a T-Head has a single token to read and to search in."""
+    assert mokd.main([*SMALL, *PAIR, *args, "--batch_size", "256", "--out", str(tmp_path)]) == 0
+    error = capsys.readouterr().err
+    assert ("--arch1 resnet18: a view of 32 pixels has one local feature" in error) == said
+    assert "--arch2 vit_tiny: a view" not in error
+
+
 PAIRS = [("resnet50", "vit_small"), ("resnet50", "vit_base"), ("resnet101", "vit_small"),
          ("resnet101", "vit_base"), ("resnet34", "vit_small"), ("resnet18", "vit_tiny"),
          ("resnet18", "resnet50"), ("resnet34", "resnet101"), ("resnet50", "efficientnet_b0"),
@@ -2342,8 +2352,8 @@ def test_eval_knn_equals_dinos_over_its_saved_features(trained, tmp_path, capsys
             predictions[name, k] = ranked[:, 0]
             for n, top in ((1, "top1"), (min(5, k), "top5")):   # DINO counts the first min(5, k) classes
                 expected = 100 * (ranked[:, :n] == y[:, None]).any(1).double().mean().item()
-                # After two epochs the ViT's similarities are nearly equal: a few images of 1,024 have neighbors
-                # or votes that only rounding puts in order, and CPUs round differently.
+                # After two epochs the ViT's similarities are nearly equal: a few images of 1,024 have
+                # neighbors or votes that only rounding puts in order, and CPUs round differently.
                 assert results[name][k][top] == pytest.approx(expected, abs=0.5)
                 assert f"{results[name][k][top]:.2f}" in printed
     assert printed.count("*") == 3   # the legend, and the best k of each model
