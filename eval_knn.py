@@ -35,7 +35,8 @@ class Source:
     net: str = flag("momentum", "which nets of the checkpoint", choices=("momentum", "student"))
     model: str = flag("both", "which models of the checkpoint", choices=("both", "1", "2"))
     arch: str = flag("", "instead, one backbone: the paper's name or timm's; untrained without weights")
-    weights: str = flag("", "file of --arch's weights: a model1.pth, or timm's, torchvision's or DINO's")
+    weights: str = flag("", "file of --arch's weights: a model1.pth, or a file of timm, torchvision,"
+                        " DINO, MoCo")
     pretrained: bool = flag(False, "give --arch timm's own weights, which are downloaded")
     model_kwargs: dict = flag({}, "arguments of timm.create_model for --arch")
     patch_size: int = flag(16, "patch of --arch vit_tiny/small/base, pixels", low=1)
@@ -56,7 +57,8 @@ class Config(Source):
     temperature: float = flag(0.07, "a neighbor's vote weighs exp(cosine / this) [DINO]", low=1e-3)
     batch_size: int = flag(256, "images of a forward pass, over all processes", low=1)
     dtype: str = flag("fp32", "number format of the forward pass", choices=("fp32", "bf16", "fp16"))
-    json: str = flag("", "write the table to this file; unset: knn.json beside the first checkpoint")
+    json: str = flag("", "write the table to this file; unset: knn.json beside the first checkpoint, with "
+                         "what differs in its name, as in knn-cifar10.json")
     save: str = flag("", "write features and labels, in the data set's order, to this file")
 
 def check_source(cfg):
@@ -78,7 +80,11 @@ def parse(argv=None):
     if len({*cfg.checkpoint}) < len(cfg.checkpoint):
         raise UserError("--checkpoint: a file is given twice")
     if cfg.checkpoint and not cfg.json:
-        cfg.json = os.path.join(os.path.dirname(cfg.checkpoint[0]), "knn.json")
+        words = [f"{len(cfg.checkpoint)}-runs"] if len(cfg.checkpoint) > 1 else []
+        words += [os.path.splitext(os.path.basename(os.path.normpath(cfg.data)))[0]] if cfg.data else []
+        words += [f"model{cfg.model}"] if cfg.model != "both" else []
+        words += ["student"] if cfg.net == "student" else []   # so that no result overwrites another
+        cfg.json = os.path.join(os.path.dirname(cfg.checkpoint[0]), "-".join(["knn", *words]) + ".json")
     return cfg
 
 def load_backbones(cfg, margin=256 / 224):
@@ -103,6 +109,8 @@ def load_backbones(cfg, margin=256 / 224):
         advice = "Give the checkpoint.pth of a run; a backbone's weights go with --arch NAME --weights FILE"
         state = mokd.read_checkpoint(file, advice)
         saved = state["config"]
+        if "arch1" not in saved:   # of linear/ or finetune/, which evaluate a run
+            raise UserError(f"--checkpoint {file}: not of a run of mokd.py. {advice}")
         first = first or saved
         alike = saved["data"] == first["data"] and saved["global_size"] == first["global_size"]
         if not alike and not both_given:
@@ -115,8 +123,9 @@ def load_backbones(cfg, margin=256 / 224):
             arch = saved[f"arch{i}"]
             backbone = build(cfg, f"--checkpoint {file}: model {i},", i, arch, saved[f"model_kwargs{i}"],
                              saved["patch_size"], saved["vit_pool"])
-            weights = state[f"model{i}"]["momentum_net" if cfg.net == "momentum" else "net"]
-            backbone.load_state_dict({k[9:]: w for k, w in weights.items() if k.startswith("backbone.")})
+            with mokd.fitting(f"--checkpoint {file}", advice):
+                weights = state[f"model{i}"]["momentum_net" if cfg.net == "momentum" else "net"]
+                backbone.load_state_dict({k[9:]: w for k, w in weights.items() if k.startswith("backbone.")})
             backbones[f"{i} {arch}" if len(files) == 1 else f"{run_name}: {i} {arch}"] = backbone
     return backbones
 
@@ -130,7 +139,7 @@ def build(cfg, flag, i, arch, model_kwargs, patch_size, pool):
     except UserError as error:   # it speaks of the flags of training
         text = str(error).replace("other --global_size and --local_size", "another --image_size")
         raise UserError(text) from error
-    backbone.convert = lambda x: x   # load_pretrained may need another
+    backbone.convert, backbone.mean_std = lambda x: x, mokd.MEAN_STD   # load_pretrained may need others
     return backbone.eval()
 
 def load_pretrained(backbone):
@@ -148,8 +157,8 @@ def load_pretrained(backbone):
         raise UserError(f"--pretrained: timm's weights of {backbone.timm_name} could not be had ({reason}) "
                         f"Connect to the network, or give a file with --weights") from error
     backbone.model.load_state_dict(model.state_dict())
-    their_mean = torch.tensor(model.pretrained_cfg["mean"]).view(3, 1, 1)
-    their_std = torch.tensor(model.pretrained_cfg["std"]).view(3, 1, 1)
+    backbone.mean_std = tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"])
+    their_mean, their_std = torch.tensor(backbone.mean_std).view(2, 3, 1, 1)
 
     def convert(x):
         mean, std = mokd.mean_and_std(x.device)

@@ -275,9 +275,10 @@ def train(cfg, net, done, saved, turns, watch, images, val, device, rank, world)
     optimizer, path = make_optimizer(net, cfg), f"{cfg.out}/checkpoint.pth"
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16" and cfg.finetune)
     if saved:
-        net.load_state_dict(saved["net"], strict=False)
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        with mokd.fitting(path):
+            net.load_state_dict(saved["net"], strict=False)
+            mokd.load_optimizer(optimizer, saved["optimizer"])
+            scaler.load_state_dict(saved["scaler"])
         say(f"resumed {path} at step {done['step']}")
     kept = [k for k in net.state_dict() if cfg.finetune or ".layers." in k]   # a frozen backbone is no result
     forward = net
@@ -336,7 +337,7 @@ def train(cfg, net, done, saved, turns, watch, images, val, device, rank, world)
         if stopped or dead or last or step % (cfg.save_every or per_epoch) == 0:
             done["step"] = step
             weights = net.state_dict()
-            state = dict(config=asdict(cfg), net={k: weights[k] for k in kept})
+            state = dict(config=asdict(cfg), images=len(images), net={k: weights[k] for k in kept})
             state |= dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
             write(cfg, done | state, path)
         clock += time.time() - paused
@@ -351,7 +352,7 @@ def best_rate(results):
     return max(results, key=lambda rate: results[rate]["top1"])
 
 def save_classifier(cfg, part, rate, classes):
-    """Write a backbone, under timm's names, and its classifier -> three lines that load and use them."""
+    """Write a backbone, under timm's names, and its classifier -> the lines that load and use them."""
     b, layer = part.backbone, part.layers[[*part.rates].index(rate)]
     path = f"{cfg.out}/classifier{part.name.split()[0] if cfg.checkpoint else ''}.pth"
     model = {k: v.contiguous() for k, v in b.model.state_dict().items()}
@@ -359,7 +360,7 @@ def save_classifier(cfg, part, rate, classes):
     kwargs = "".join(f", {k}={v!r}" for k, v in b.timm_kwargs.items())
     kwargs += ", dynamic_img_size=True" if getattr(b.model, "dynamic_img_size", False) else ""
 
-    # what `features` computes, in timm's words
+    # what `features` computes of images in [0, 1], in timm's words
     z, cls, mean = "backbone.forward_features(images)", "z[:, 0]", f"z[:, {b.prefix}:].mean(1)"
     n = part.n_last_blocks
     if n:
@@ -374,6 +375,7 @@ def save_classifier(cfg, part, rate, classes):
     create = f"timm.create_model({b.timm_name!r}, num_classes=0{kwargs}, checkpoint_path={path!r})"
     return (f"backbone, classifier = {create}.eval(), torch.nn.Linear({layer.in_features}, {classes})\n"
             f"classifier.load_state_dict(torch.load({path!r}, weights_only=True)['classifier'])\n"
+            f"images = torchvision.transforms.functional.normalize(images, *{b.mean_std})\n"
             f"z = {z}; logits = classifier(torch.cat([{feature}], 1))")
 
 def run(cfg):
@@ -387,11 +389,9 @@ def run(cfg):
     if (cfg.n_last_blocks or cfg.avgpool) and not any(b.prefix for b in backbones.values()):
         raise UserError("--n_last_blocks and --avgpool are for ViTs with a CLS token; here is none")
     mokd.open_out(cfg)
-    done, saved = dict(turn=0, step=0, results={}, diverged=[], loads={}), None
-    path = f"{cfg.out}/checkpoint.pth"
-    if os.path.exists(path):
-        saved = mokd.read_checkpoint(path)
-        mokd.refuse_other_settings(path, saved["config"], cfg)
+    done = dict(turn=0, step=0, results={}, diverged=[], loads={})
+    saved = mokd.find_checkpoint(cfg, len(images))
+    if saved:
         done = {key: saved.get(key, value) for key, value in done.items()}
     say(f"{len(images):,} of {len(every):,} training images, {len(val):,} to validate, {classes} classes, "
         f"{cfg.image_size} pixels; {cfg.epochs} epochs, batch {cfg.batch_size}; processes: {world}, on "

@@ -19,8 +19,8 @@ trailing _ belongs to the momentum net. In shapes, B is the images of one proces
 an image (2 global ones, then L local ones). K is the logits of a head, C the channels of a backbone, N its
 tokens.
 """
-import argparse, ast, copy, difflib, functools, hashlib, json, math, multiprocessing, os, shutil  # noqa: E401
-import signal, sys, time, zipfile  # noqa: E401
+import argparse, ast, contextlib, copy, difflib, functools, hashlib, json, math  # noqa: E401
+import multiprocessing, os, re, shutil, signal, sys, time, zipfile  # noqa: E401
 from collections import namedtuple
 from dataclasses import MISSING, asdict, dataclass, field, fields
 
@@ -578,9 +578,11 @@ def photometric(x, p):
     apply_to(x, solarize, p["solarize"])
     return x
 
+MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # of ImageNet's channels
+
 @functools.cache
-def mean_and_std(device):   # of ImageNet's channels
-    return torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=device).view(2, 3, 1, 1)
+def mean_and_std(device):
+    return torch.tensor(MEAN_STD, device=device).view(2, 3, 1, 1)
 
 def normalize(x):
     mean, std = mean_and_std(x.device)
@@ -687,8 +689,10 @@ def load_backbone(backbone, file, flag):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):   # DINO's files hold their flags
             theirs = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:
-        raise UserError(f"{flag} {file}: no readable state dict ({type(error).__name__}: {error})") from error
+    except Exception as error:   # of a class that is not loaded, torch speaks in ten lines
+        reason = re.search(r"Unsupported \w+: GLOBAL (\S+)", str(error))
+        reason = f"it holds a {reason[1]}, which is not loaded" if reason else type(error).__name__
+        raise UserError(f"{flag} {file}: no readable state dict ({reason})") from error
     for key in (f"teacher_{backbone.family}", "teacher", "state_dict", "model"):
         if isinstance(theirs, dict) and isinstance(theirs.get(key), dict):
             theirs = theirs[key]
@@ -1013,14 +1017,11 @@ class Model:
                     optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
 
     def load_state(self, state):
-        """Take up what state() gave. Where it does not fit, torch raises errors of several kinds."""
+        """Take up what state() gave; to be called within `fitting`."""
         self.net.load_state_dict(state["net"])
         self.momentum_net.load_state_dict(state["momentum_net"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-            for p, moments in optimizer.state.items():   # torch takes any shape, and crashes later
-                if any(value.dim() and value.shape != p.shape for value in moments.values()):
-                    raise ValueError("an optimizer's state has another shape than its parameter")
+            load_optimizer(optimizer, saved)
 
 # ------------------------------------------------------------------------------------------------ Algorithm 1
 def train_step(model1, model2, x, cfg, now, scaler=None):
@@ -1173,12 +1174,14 @@ def write(value, path):
         torch.save(value, path + ".tmp")
         os.replace(path + ".tmp", path)
     except RuntimeError as error:   # so torch says that a disk is full
+        if "DataLoader worker" in str(error):   # killed just now; any line may be told so
+            raise
         raise OSError(f"{path} could not be written: the disk is full, or the folder not writable") from error
     finally:
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
 
-ADVICE = ("Nothing was saved after the last checkpoint. Lower the learning rates, raise --warmup_epochs, or "
+ADVICE = ("Nothing of these steps was saved. Lower the learning rates, raise --warmup_epochs, or "
           "use --dtype fp32, and start again")
 
 def save(cfg, models, step, scaler, n_images):
@@ -1201,7 +1204,7 @@ def read_checkpoint(path, advice="Delete it to start anew, or give another --out
             damaged = file.testzip()   # compares check sums, so one flipped bit is seen
         if damaged is None:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            state["config"]["seed"], state["step"]   # a KeyError, caught below, if it is another file
+            state["config"]["seed"], range(state["step"])   # an error, caught below, if it is another file
             return state
         reason = f"{damaged} in it has another check sum"
     except (FileNotFoundError, IsADirectoryError) as error:
@@ -1209,8 +1212,27 @@ def read_checkpoint(path, advice="Delete it to start anew, or give another --out
     except OSError as error:
         raise UserError(f"{path}: cannot be read just now ({error.strerror}); it may be sound") from error
     except Exception as error:   # damage has many names
+        if "unable to mmap" in str(error):
+            raise UserError(f"{path}: cannot be read just now ({error}); it may be sound") from error
         reason = type(error).__name__
     raise UserError(f"{path}: damaged, or no checkpoint of this program ({reason}). {advice}")
+
+@contextlib.contextmanager
+def fitting(path, advice="Give another --out"):
+    """Around lines that take up a checkpoint. Where it does not fit, torch raises errors of several kinds; so
+    this raises UserError."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        words = " ".join(str(error).split())   # torch uses several lines
+        raise UserError(f"{path} does not fit ({type(error).__name__}: {words}). {advice}") from error
+
+def load_optimizer(optimizer, saved):
+    """optimizer.load_state_dict, which takes a state of any shape, and so would let a later step crash."""
+    optimizer.load_state_dict(saved)
+    for p, moments in optimizer.state.items():
+        if any(value is not None and value.dim() and value.shape != p.shape for value in moments.values()):
+            raise ValueError("an optimizer's state has another shape than its parameter")
 
 def refuse_other_settings(path, saved, cfg):
     """Compare settings with a checkpoint's. What may differ is said; the rest raises UserError, listed."""
@@ -1227,7 +1249,7 @@ def refuse_other_settings(path, saved, cfg):
 
 def find_checkpoint(cfg, n_images):
     """-> the checkpoint of --out, or None. Raises UserError if it is damaged or of other settings or images,
-    or if processes disagree."""
+    or if processes disagree about these."""
     path, state = f"{cfg.out}/checkpoint.pth", None
     if os.path.exists(path):
         state = read_checkpoint(path)
@@ -1235,13 +1257,18 @@ def find_checkpoint(cfg, n_images):
         if state.get("images", n_images) != n_images:
             raise UserError(f"{path}: --data {cfg.data} had {state['images']} images, now {n_images}. Give "
                             f"the same, or another --out")
-    steps, counts = gather(torch.tensor([[state["step"] if state else 0, n_images]]), 1).T.tolist()
+    machines_own = ("out", "data", "data_root", "workers")
+    settings = seed_of([(name, value) for name, value in asdict(cfg).items() if name not in machines_own])
+    mine = torch.tensor([[state["step"] if state else 0, n_images, settings]])
+    steps, counts, settings = gather(mine, 1).T.tolist()
     if len(set(steps)) > 1:
         raise UserError(f"--out {cfg.out}: processes find checkpoints of steps {sorted(set(steps))}: all "
                         f"machines must share this folder")
     if len(set(counts)) > 1:
         raise UserError(f"--data {cfg.data}: processes find {sorted(set(counts))} images: all machines must "
                         f"have the same")
+    if len(set(settings)) > 1:
+        raise UserError("processes have other settings: start all machines with the same command")
     return state
 
 def open_out(cfg):
@@ -1324,13 +1351,11 @@ def train(cfg, models, images, val, state, device, rank, world):
     # Take up what a stopped run had.
     scaler, step = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16"), 0
     if state:
-        try:
+        with fitting(f"{cfg.out}/checkpoint.pth"):
             for m in models:
                 m.load_state(state[f"model{m.i}"])
             if scaler.is_enabled() and state["scaler"]:
                 scaler.load_state_dict(state["scaler"])
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{cfg.out}/checkpoint.pth does not fit ({error}); give another --out") from error
         step = state["step"]
         say(f"resumed {cfg.out}/checkpoint.pth at step {step}")
     first, per_epoch = step, len(images) // cfg.batch_size
@@ -1544,8 +1569,8 @@ def sentence_for(error):
         return f"a loader process is gone, perhaps because memory ran out: try fewer --workers ({text})"
     if "Expected more than 1 value per channel" in text:
         return "batch norm needs more than one value: raise --batch_size or the sizes of views"
-    if isinstance(error, MemoryError) or "can't allocate memory" in text:
-        return "out of memory: lower --batch_size, --workers or --out_dim"
+    if isinstance(error, MemoryError) or "allocate memory" in text:   # torch's words and the system's
+        return "out of memory: lower --batch_size or --workers; in training also --out_dim"
     return None
 
 def main(argv=None, program="mokd.py", parse=parse_args, run=run):

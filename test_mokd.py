@@ -22,6 +22,7 @@ The sections, in order:
     linear probing and fine-tuning                      rates at once, labels kept, resuming, every setting
 """
 import argparse
+import collections
 import copy
 import dataclasses
 import functools
@@ -1155,7 +1156,7 @@ def test_knn_equals_a_double_loop_and_ignores_chunks():
     bank, queries = (F.normalize(torch.randn(n, 6, generator=g), dim=1) for n in (50, 20))
     labels = torch.randint(4, (50,), generator=g)
     for k in (1, 5, 80):
-        votes = mokd.knn_classify(bank, labels, queries, k)
+        votes = mokd.knn_classify(bank * torch.linspace(0.9, 1.1, 50)[:, None], labels, 2 * queries, k)
         for q in range(20):
             similarity = [(float(queries[q] @ bank[i]), int(labels[i])) for i in range(50)]
             expected = [0.0] * 4
@@ -1242,17 +1243,18 @@ def test_a_run_leaves_log_weights_and_checkpoint(uninterrupted):
     assert "timm.create_model('resnet18'" in stdout and "step 24/24" in stdout
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_sigterm_in_mid_epoch_then_resume_repeats_the_run_bit_for_bit(uninterrupted, workers, tmp_path):
+@pytest.mark.parametrize("number, workers", [
+    (signal.SIGTERM, 0), (signal.SIGTERM, 2), (signal.SIGINT, 2)])
+def test_a_signal_then_resume_repeats_the_run_bit_for_bit(number, workers, uninterrupted, tmp_path):
     whole, data, _ = uninterrupted
     process = start(tmp_path, *short(data), "--workers", workers)
     while not (tmp_path / "log.jsonl").exists() or not open(tmp_path / "log.jsonl").read():
         time.sleep(0.02)
         assert process.poll() is None, process.communicate()
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, stderr
-    assert "SIGTERM" in stderr and "Traceback" not in stderr, stderr
+    assert process.returncode == 128 + number, stderr
+    assert number.name in stderr and "Traceback" not in stderr, stderr
     step = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["step"]
     assert 0 < step < 24
     code, stdout, stderr = run(tmp_path, *short(data), "--workers", workers)
@@ -1432,6 +1434,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(uninterrupted, tmp_pa
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     code, _, stderr = run(tmp_path, *short(data), preexec_fn=no_room)
     assert code == 1 and "training goes on" in stderr and "make room and start again" in stderr
+    assert "the disk is full" in stderr
     assert not (tmp_path / "checkpoint.pth").exists()
 
 
@@ -1555,7 +1558,7 @@ def test_a_collapse_is_reported(uninterrupted, tmp_path, capsys, monkeypatch):
     assert code == 0 and "m2" not in message
 
 
-def test_target_statistics_are_entropy_and_mutual_information():
+def test_target_statistics_are_entropy_and_mutual_information_meant_over_processes(monkeypatch):
     cfg = config()
     models = models_of(cfg)
     sure = 1000 * F.one_hot(torch.arange(8) % 4, 32).float().view(2, 4, 32)
@@ -1565,6 +1568,17 @@ def test_target_statistics_are_entropy_and_mutual_information():
     assert stats["spread_m1"] == pytest.approx(math.log(4), rel=1e-5)
     assert stats["entropy_t1"] == pytest.approx(math.log(32), rel=1e-5)
     assert stats["spread_t1"] == pytest.approx(0, abs=1e-5)
+    monkeypatch.setattr(mokd, "mean_over_processes", lambda x: x / 2)   # another one, which has 0
+    half = mokd.target_statistics(targets, models, now_of(cfg))
+    assert half == pytest.approx({key: value / 2 for key, value in stats.items()}, abs=1e-6)
+
+
+def test_fp16_that_skips_every_step_says_so(uninterrupted, tmp_path, capsys, monkeypatch):
+    _, data, _ = uninterrupted
+    monkeypatch.setattr(torch.amp.GradScaler, "get_scale", lambda self: 1e-4)
+    code, message = fail(["--out", tmp_path, *short(data), "--epochs", 1, "--warmup_epochs", 0, "--dtype",
+                          "fp16"], capsys)
+    assert code == 0 and "fp16 skips every step" in message
 
 
 def test_low_precision_takes_the_same_steps():
@@ -1731,6 +1745,8 @@ def test_losses_are_read_as_names():
 
 class Broken(torch.utils.data.Dataset):
     """A data set with a bug of its own, in one image."""
+    targets = [i % 2 for i in range(64)]
+
     def __len__(self):
         return 64
 
@@ -1740,14 +1756,18 @@ class Broken(torch.utils.data.Dataset):
         return torch.zeros(3, 20, 20, dtype=torch.uint8), 0
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_data_sets_own_error_is_no_unreadable_image_and_leaves_no_process(workers, tmp_path):
+@pytest.mark.parametrize("program, workers", [("mokd", 0), ("mokd", 2), ("eval_linear", 2)])
+def test_a_data_sets_own_error_is_no_unreadable_image_and_leaves_no_process(program, workers, tmp_path):
     script = tmp_path / "broken.py"
     script.write_text(f"""
 import sys; sys.path.insert(0, {HERE!r})
-import mokd, test_mokd as T
-mokd.get_data = lambda cfg: (T.Broken(), None)
-sys.exit(mokd.main([*T.SMALL, *T.PAIR, "--workers", "{workers}", "--out", {str(tmp_path / "o")!r}]))
+import eval_linear, mokd, test_mokd as T
+mokd.get_data = lambda cfg: (T.Broken(), T.Broken() if {program == "eval_linear"} else None)
+args = [*T.SMALL, *T.PAIR]
+if {program == "eval_linear"}:
+    args = ["--arch", "resnet18", "--model_kwargs", *T.CNN, "--data", "toy", "--image_size", "32"]
+program = (mokd.parse_args, mokd.run) if {program == "mokd"} else (eval_linear.parse, eval_linear.run)
+sys.exit(mokd.main([*args, "--workers", "{workers}", "--out", {str(tmp_path / "o")!r}], "p", *program))
 """)
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -1798,11 +1818,30 @@ def test_a_killed_worker_ends_the_run_and_a_killed_run_ends_its_workers(victim, 
     assert mokd.read_checkpoint(f"{tmp_path}/checkpoint.pth")["step"] > 0
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks for processes in /proc")
+@pytest.mark.parametrize("victim", ["worker", "parent"])
+def test_a_killed_worker_ends_linear_probing_too(victim, trained, tmp_path):
+    command = [sys.executable, "eval_linear.py", "--checkpoint", trained / "checkpoint.pth", "--epochs", 9999,
+               "--batch_size", 64, "--workers", 2, "--save_every", 1, "--lr", 0.1, "--out", tmp_path]
+    process = subprocess.Popen([*map(str, command)], cwd=HERE, stdout=subprocess.DEVNULL, text=True,
+                               stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    until(lambda: (tmp_path / "checkpoint.pth").exists(), 120)
+    workers = children_of(process.pid)
+    assert len(workers) >= 2
+    os.kill(workers[0] if victim == "worker" else process.pid, signal.SIGKILL)
+    _, stderr = process.communicate(timeout=60)
+    if victim == "worker":
+        assert process.returncode == 1 and "--workers" in stderr and "Traceback" not in stderr, stderr
+    until(lambda: not any(map(alive, workers)), 30)
+    assert mokd.read_checkpoint(f"{tmp_path}/checkpoint.pth")["step"] > 0
+
+
 def test_training_processes_end_when_torchrun_is_killed(tmp_path):
     process = start(tmp_path, *VITS, "--epochs", 1000, "--save_every", 1, "--data", "toy",
                     "--batch_size", 64, nproc=2)
     until(lambda: (tmp_path / "checkpoint.pth").exists(), 120)
     ranks = children_of(process.pid)
+    assert len(ranks) >= 2
     process.kill()
     until(lambda: not any(map(alive, ranks)), 60)
     process.communicate()
@@ -1896,6 +1935,14 @@ def test_a_checkpoint_whose_optimizer_state_has_other_shapes_is_refused(finished
     assert again(finished) == 2 and "does not fit" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("step", ["three", None, 1.5])
+def test_a_checkpoint_whose_step_is_no_number_is_refused(step, finished, capsys):
+    out, _ = finished
+    state = torch.load(out / "checkpoint.pth", weights_only=True)
+    torch.save(state | dict(step=step), out / "checkpoint.pth")
+    assert again(finished) == 2 and "no checkpoint of this program" in capsys.readouterr().err
+
+
 def test_processes_that_find_other_checkpoints_are_refused(finished, monkeypatch):
     out, data = finished
     cfg = mokd.parse_args([*SMALL, *PAIR, "--out", str(out), *map(str, short(data))])
@@ -1905,6 +1952,17 @@ def test_processes_that_find_other_checkpoints_are_refused(finished, monkeypatch
     monkeypatch.setattr(mokd, "gather", lambda x, n: torch.cat([real(x, n), torch.zeros_like(x)]))
     with pytest.raises(mokd.UserError, match="share this folder"):
         mokd.find_checkpoint(cfg, 24)
+    for name, value, refused in (("workers", 3, False), ("cnn_lr", 0.5, True)):
+        other, sent = copy.copy(cfg), []
+        setattr(other, name, value)
+        monkeypatch.setattr(mokd, "gather", lambda x, n: sent.append(x) or x)
+        mokd.find_checkpoint(other, 24)
+        monkeypatch.setattr(mokd, "gather", lambda x, n: torch.cat([x, sent[0]]))
+        if refused:
+            with pytest.raises(mokd.UserError, match="same command"):
+                mokd.find_checkpoint(cfg, 24)
+        else:
+            mokd.find_checkpoint(cfg, 24)
 
 
 def test_a_torn_last_line_of_the_log_is_closed_and_knn_is_made_again(finished, folder, capsys):
@@ -1979,6 +2037,7 @@ def test_a_picture_of_one_row_takes_no_memory_in_evaluation():
     (MemoryError(), "out of memory"),
     (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"),
      "--batch_size"),
+    (OSError(12, "Cannot allocate memory"), "--batch_size"),
     (RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."), "--workers"),
     (ValueError("Expected more than 1 value per channel when training, got input size [1, 8, 1, 1]"),
      "batch norm"),
@@ -1989,6 +2048,14 @@ def test_what_the_machine_cannot_do_is_one_sentence(error, words, capsys):
     assert mokd.main([], run=run) in (1, 130)
     message = capsys.readouterr().err
     assert words in message and message.count("\n") == 1
+
+
+def test_data_that_may_not_be_read_is_named(folder, monkeypatch, capsys):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", path)
+    monkeypatch.setattr(torchvision.datasets.folder.os, "scandir", denied)
+    code, message = fail(["--data", folder], capsys)
+    assert code == 2 and f"--data {folder}: " in message and "Permission denied" in message
 
 
 def test_compile_without_a_compiler_and_data_without_train_are_refused(folder, monkeypatch, capsys):
@@ -2029,9 +2096,15 @@ def test_init_takes_files_of_dino_moco_and_the_released_code(tmp_path, capsys):
     torch.save(dict(state_dict=moco, epoch=1), tmp_path / "w.pth")
     m = models_of(config("--init1", tmp_path / "w.pth"))[0]
     assert torch.equal(m.net.backbone.model.conv1.weight, cnn["conv1.weight"] + 1)
-    torch.save(dict(config={}, step=3, model1={}), tmp_path / "w.pth")
-    code, message = fail(["--init1", tmp_path / "w.pth", "--out", tmp_path / "o"], capsys)
-    assert code == 2 and "model1.pth" in message
+    moco_v3 = named(vit, "module.base_encoder.")   # of older torch: no zip file, so it cannot be mapped
+    torch.save(dict(state_dict=moco_v3), tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    m = models_of(config("--init2", tmp_path / "w.pth"))[1]
+    assert torch.equal(m.net.backbone.model.patch_embed.proj.weight, vit["patch_embed.proj.weight"] + 1)
+    for content, words in [(dict(config={}, step=3, model1={}), "model1.pth"),
+                           (dict(teacher=vit, args=collections.UserDict()), "collections.UserDict, which")]:
+        torch.save(content, tmp_path / "w.pth")
+        code, message = fail(["--init2", tmp_path / "w.pth", "--out", tmp_path / "o"], capsys)
+        assert code == 2 and words in message and message.count("\n") == 1, message
 
 
 def test_grad_checkpointing_gives_the_same_losses_and_gradients():
@@ -2536,7 +2609,7 @@ def test_ctrl_c_ends_eval_knn_at_once_with_a_sentence(trained, tmp_path):
     assert process.returncode not in (0, None) and "eval_knn.py: " in err and "Traceback" not in err
 
 
-def test_eval_knn_takes_weights_students_and_one_model(trained, few, tmp_path, monkeypatch):
+def test_eval_knn_takes_weights_students_and_one_model(trained, few, tmp_path, monkeypatch, capsys):
     kwargs = ["--model_kwargs", *CNN]
     own = ["--arch", "resnet18", *kwargs, "--data", "toy", "--image_size", 32, "--k", 10]
     both = knn("--checkpoint", trained / "checkpoint.pth", "--k", 10)
@@ -2568,6 +2641,10 @@ def test_eval_knn_takes_weights_students_and_one_model(trained, few, tmp_path, m
     plain.load_state_dict(torch.load(trained / "model1.pth", weights_only=True))
     x = torch.rand(2, 3, 32, 32)
     assert torch.allclose(backbone(mokd.normalize(x))[0], plain.eval()((x - 0.5) / 0.5), atol=1e-5)
+    capsys.readouterr()   # eval_linear prints lines that normalize so, too
+    linear(tmp_path, *own[:-2], "--pretrained", "--epochs", 1, "--warmup_epochs", 0, "--lr", 0.1)
+    (_, lines), = classifiers_of(capsys.readouterr().out).items()
+    assert "normalize(images, *((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))" in lines["lines"]
 
 
 def test_pretrained_without_a_network_fails_within_seconds(tmp_path):
@@ -2741,14 +2818,14 @@ def test_training_crops_are_random_resized_and_half_of_them_mirrored(few):
 def classifiers_of(printed):
     """The lines that a run prints, executed -> {model: their variables}."""
     found = {}
-    pattern = r"^(.+) with the classifier of its best rate:\n(.+\n.+\n.+)$"
+    pattern = r"^(.+) with the classifier of its best rate:\n(.+\n.+\n.+\n.+)$"
     for name, lines in re.findall(pattern, printed, re.M):
-        found[name] = dict(torch=torch, timm=timm, lines=lines)
+        found[name] = dict(torch=torch, timm=timm, torchvision=torchvision, lines=lines)
     return found
 
 
 def accuracy_of(variables, images, labels):
-    """Run the three lines -> top-1 in percent."""
+    """Run the lines -> top-1 in percent."""
     variables["images"] = images
     with torch.no_grad():
         exec(variables["lines"], variables)   # our own lines, which say how to load the classifier
@@ -2758,7 +2835,7 @@ def accuracy_of(variables, images, labels):
 def val_images(few, size):
     x = TF.center_crop(TF.resize(few[1].tensors[0], [size], TF.InterpolationMode.BICUBIC, antialias=True),
                        [32, 32])
-    return mokd.normalize(x.float() / 255)
+    return x.float() / 255
 
 
 @pytest.mark.parametrize("mode", [[], ["--finetune"]])
@@ -2791,7 +2868,10 @@ def test_backbone_and_classifier_load_where_timm_has_no_place_for_it(arch, more,
     top1 = accuracy_of(variables, val_images(few, 37), few[1].tensors[1])
     assert top1 == pytest.approx(results[name]["0.05"]["top1"], abs=1e-3)
     weights = torch.load(tmp_path / "classifier.pth", weights_only=True)
+    last = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["net"]
     assert {*weights} == {"model", "classifier"}
+    assert all(torch.equal(w, last[f"0.backbone.model.{k}"]) for k, w in weights["model"].items())
+    assert all(torch.equal(w, last[f"0.layers.0.{k}"]) for k, w in weights["classifier"].items())
 
 
 def test_the_best_of_several_rates_is_kept_and_not_the_last(trained, few, tmp_path, capsys, monkeypatch):
@@ -2949,6 +3029,38 @@ def test_linear_resumes_bit_for_bit_after_sigterm(mode, trained, few, tmp_path, 
             assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
     args = [*args[:-len(mode)], "--epochs", 3, *mode, "--workers", 0, "--out", tmp_path / "cut"]
     assert "--epochs was 2, is 3" in evaluation_fails("linear", args, capsys)
+
+
+def test_linear_refuses_other_images_and_a_state_that_does_not_fit(trained, few, tmp_path, capsys):
+    args = ["--checkpoint", trained / "checkpoint.pth", "--batch_size", 64, "--epochs", 1,
+            "--warmup_epochs", 0, "--lr", 0.1, "--workers", 0, "--out", tmp_path]
+    linear(tmp_path, *args)
+    file = tmp_path / "checkpoint.pth"
+    state = torch.load(file, weights_only=True)
+    torch.save(state | dict(images=99), file)
+    assert "had 99 images, now 256" in evaluation_fails("linear", args, capsys)
+    for moments in state["optimizer"]["state"].values():
+        moments["momentum_buffer"] = torch.zeros(3)
+    torch.save(state, file)
+    assert "does not fit" in evaluation_fails("linear", args, capsys)
+    for script in EVALUATIONS:   # and it is no run of mokd.py, which these programs take
+        assert "not of a run of mokd.py" in evaluation_fails(script, ["--checkpoint", file], capsys)
+    state = torch.load(trained / "checkpoint.pth", weights_only=True)
+    del state["model1"]["momentum_net"]["backbone.model.conv1.weight"]
+    torch.save(state, file)
+    for script in EVALUATIONS:
+        assert "does not fit" in evaluation_fails(script, ["--checkpoint", file], capsys)
+
+
+@pytest.mark.parametrize("args, name", [
+    ([], "r/knn.json"), (["--net", "student"], "r/knn-student.json"), (["--json", "mine"], "mine"),
+    (["--data", "x/imagenet100/"], "r/knn-imagenet100.json"),
+    (["--data", "cifar10", "--model", 2], "r/knn-cifar10-model2.json")])
+def test_no_result_of_knn_overwrites_another(args, name):
+    cfg = eval_knn.parse(["--checkpoint", "r/checkpoint.pth", *map(str, args)])
+    assert cfg.json == name
+    cfg = eval_knn.parse(["--checkpoint", "r/checkpoint.pth", "q/checkpoint.pth"])
+    assert cfg.json == "r/knn-2-runs.json"
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ class Config:
     net: str = flag("momentum", "which net of the checkpoint", choices=("momentum", "student"))
     model: str = flag("1", "which model of the checkpoint; it must be a ResNet", choices=("1", "2"))
     arch: str = flag("", "instead of a checkpoint: a ResNet of timm's, such as resnet34 [Table 6]")
-    weights: str = flag("", "weights of --arch: a model1.pth, or a timm, torchvision or DINO state dict")
+    weights: str = flag("", "weights of --arch: a model1.pth, or a file of timm, torchvision, DINO, MoCo")
     pretrained: bool = flag(False, "weights of --arch: timm's own, supervised, downloaded")
     model_kwargs: dict = flag({}, "arguments of timm.create_model for --arch")
 
@@ -445,9 +445,10 @@ def train(cfg, net, images, device, rank, world):
     path, first = f"{cfg.out}/checkpoint.pth", 0
     state = mokd.find_checkpoint(cfg, len(images))
     if state:
-        net.load_state_dict(state["net"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        with mokd.fitting(path):
+            net.load_state_dict(state["net"])
+            mokd.load_optimizer(optimizer, state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
         first = state["step"]
         say(f"resumed {path} at step {first}")
     forward = net.train()

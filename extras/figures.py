@@ -500,6 +500,7 @@ def show_distances(cfg, found, what):
             of_heads, uniform = pixels[..., :-1], pixels[0, :, -1]
             start = f"{run}/{model}"
             numbers |= {f"{start}/distance": of_heads.mean(0), f"{start}/deviation": of_heads.std(0),
+                        f"{start}/band": of_heads.mean(-1).std(0, ddof=1) if len(of_heads) > 1 else 0,
                         f"{start}/uniform": uniform, f"{start}/names": names}
             twice = sum(other == run for other, _ in series) > 1
             label = f"{run}, model {model.split()[0]}" if twice else run
@@ -659,8 +660,9 @@ def search(cfg, device):
     views, pixels = views_of(settings, images, index, device)
     models = mokd.build_models(settings, device)
     rows = dict(untrained=searches_of(models, views[cfg.view], views[0]))
-    for model in models:
-        model.load_state(saved[f"model{model.i}"])
+    with mokd.fitting(cfg.checkpoint[0], "Give the checkpoint.pth of a run of mokd.py"):
+        for model in models:
+            model.load_state(saved[f"model{model.i}"])
     rows = dict(trained=searches_of(models, views[cfg.view], views[0]), **rows)
 
     numbers = dict(index=np.array(index), query_view=pixels[cfg.view], searched_view=pixels[0])

@@ -17,13 +17,15 @@ import statistics
 import sys
 
 def read_knn(run):
-    """-> the last k-NN top-1 of both models in a run's log, or None. A line torn by a kill is passed over."""
+    """-> the last k-NN top-1 of both models in a run's log, or None. A line that a kill has torn is passed
+    over, and named."""
     found = None
     with open(os.path.join(run, "log.jsonl")) as f:
         for line in f:
             try:
                 record = json.loads(line)
             except ValueError:
+                print(f"{run}/log.jsonl: a torn line is passed over", file=sys.stderr)
                 continue
             if "knn1" in record:
                 found = record["knn1"], record["knn2"]
@@ -80,12 +82,15 @@ def table(rows, against="sm"):
         lines.append(f"| {name} | {', '.join(row)} | " + " | ".join(cells) + " |")
     return lines
 
-def main(argv=None):
+def parse(argv=None):
     parser = argparse.ArgumentParser(prog="extras/results.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="folder of runs, FOLDER/ROW/SEED")
     parser.add_argument("--against", default="sm", help="what a pair's rows are compared with (default: sm)")
-    cfg = parser.parse_args(argv)
+    return parser, parser.parse_args(argv)
+
+def main(argv=None):
+    parser, cfg = parse(argv)
     folder = cfg.folder
     if not os.path.isdir(folder):
         parser.error(f"{folder}: no such folder")

@@ -160,6 +160,7 @@ def test_attention_distance_equals_a_double_loop_over_timms_own_weights(more, tm
     assert found[f"{key}/distance"].shape == (2, 3 if more == ["num_heads=3"] else 2)
     assert np.allclose(found[f"{key}/distance"], expected.mean(0), rtol=1e-4)
     assert np.allclose(found[f"{key}/deviation"], expected.std(0, correction=0), rtol=1e-2, atol=1e-4)
+    assert np.allclose(found[f"{key}/band"], expected.mean(-1).std(0), rtol=1e-2, atol=1e-4)
     assert np.abs(found[f"{key}/distance"] - mean_of_grid(4, 4, 32)).max() > 0.4   # not uniform
     assert [*found[f"{key}/names"]] == ["blocks.0", "blocks.1"]
 
