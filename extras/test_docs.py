@@ -2,12 +2,15 @@
 
     python -m pytest -q extras/test_docs.py
 """
+import itertools
 import os
 import re
 import subprocess
 import sys
 
 import pytest
+import torch
+from torchvision.io import write_png
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -18,13 +21,14 @@ import eval_knn   # noqa: E402
 import eval_linear   # noqa: E402
 import figures   # noqa: E402
 import mokd   # noqa: E402
+import results   # noqa: E402
 
 PARSERS = {"mokd.py": mokd.parse_args, "eval_knn.py": eval_knn.parse, "eval_linear.py": eval_linear.parse,
            "extras/eval_coco.py": eval_coco.parse, "extras/figures.py": figures.parse,
-           "extras/benchmark.py": benchmark.parse}
+           "extras/benchmark.py": benchmark.parse, "extras/results.py": results.parse}
 FILES = ["README.md", "extras/README.md", "extras/RESULTS.md", "extras/TABLES.md"]
 STUBS = """
-S=0; HOST=localhost
+S=0; HOST=localhost; A=runs/a; B=runs/b
 python() { printf '%s\\t' "$@"; echo; }
 torchrun() { while [[ "$1" == --* ]]; do shift; done; python "$@"; }
 python3() { :; }; pip() { :; }; ln() { :; }; mkdir() { :; }; source() { :; }; .() { :; }
@@ -37,11 +41,18 @@ def text_of(file):
 
 
 def scripts_of(file):
-    """The shell of a markdown file: its bash blocks; commands in its tables, after the first block."""
+    """The shell of a markdown file: its bash blocks; commands in its tables, after the first block; commands
+    within lines; and the figures of a table whose head has the beginning of their command."""
     text = text_of(file)
     blocks = [block for block in re.findall(r"```bash\n(.*?)```", text, re.S) if "ln -s" not in block]
     cells = re.findall(r"\| `([A-Z]=[^`]*)` \|", text)
-    return blocks + ["\n".join([blocks[0], cell]) for cell in cells] if cells else blocks
+    lines = re.sub(r"```.*?```", "", text, flags=re.S)
+    inline = re.findall(r"`((?:python|torchrun) [^\s`]+ (?!--help)[^`]+)`", lines)
+    inline += ["python " + code for code in re.findall(r"`((?:extras/benchmark|eval_knn)\.py [^`]+)`", lines)]
+    figure_table = lines.partition("| figure | command: ")[2].partition("\n\n")[0]
+    inline += ["python figures.py " + args for args in re.findall(r"`(\w+ --[^`]*)`", figure_table)]
+    inline = [" ".join(code.split()).replace(" figures.py", " extras/figures.py") for code in inline]
+    return blocks + ["\n".join([blocks[0], cell]) for cell in cells] + inline
 
 
 def calls_of(file):
@@ -50,7 +61,7 @@ def calls_of(file):
     script = STUBS + "\n".join(f"(\n{script}\n) || exit 1" for script in scripts_of(file))
     script = re.sub(r"^(.*)\. \.venv/bin/activate", r"\1:", script, flags=re.M)
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and not done.stderr, done.stderr   # bash goes on after an unknown word
     for line in done.stdout.splitlines():
         words = line.rstrip("\t").split("\t")
         calls.append(words)
@@ -127,3 +138,32 @@ def test_results_are_means_deviations_and_paired_differences(tmp_path, capsys):
     assert results.main([str(tmp_path), "--against", "all"]) == 0
     text = capsys.readouterr().out
     assert "| cnns-sm | 0, 1 | 52.0 ± 2.8 | 42.0 ± 2.8 | -2.0 ± 1.0 | -1.0 ± 1.0 | -1.5 ± 0.0 |" in text
+
+
+def test_readmes_commands_run_at_small_size(tmp_path, capsys):
+    """Its three for one's own images, the paper's, and the evaluations, with all that costs made small: the
+    last value of a flag counts."""
+    generator = torch.Generator().manual_seed(0)
+    for part, c, i in itertools.product(("train", "val"), "ab", range(8)):
+        (tmp_path / "data" / part / c).mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(256, (3, 40, 40), generator=generator, dtype=torch.uint8)
+        write_png(pixels, str(tmp_path / "data" / part / c / f"{i}.png"))
+    small = ["--data", tmp_path / "data", "--epochs", 1, "--warmup_epochs", 0, "--batch_size", 8,
+             "--workers", 0]
+    nets = ["--global_size", 64, "--local_size", 32, "--local_crops", 1, "--out_dim", 64, "--hidden_dim", 16,
+            "--bottleneck_dim", 8, "--knn_every", 1, "--knn_k", 1]
+    trained = tmp_path / "0" / "checkpoint.pth"
+    programs = {"mokd.py": (mokd.parse_args, mokd.run, [*small, *nets]),
+                "eval_knn.py": (eval_knn.parse, eval_knn.run, ["--checkpoint", trained, "--workers", 0]),
+                "eval_linear.py": (eval_linear.parse, eval_linear.run, ["--checkpoint", trained, *small])}
+    half = ["--label_fraction", 0.5]   # of 16 images
+    ran = []
+    for program, *args in calls_of("README.md"):
+        if program in programs and not {"--demo", "...", "A"} & {*args}:
+            parse, run, less = programs[program]
+            out = [] if program == "eval_knn.py" else ["--out", tmp_path / str(len(ran))]
+            out += half if "--finetune" in args else []
+            code = mokd.main([*map(str, (*args, *less, *out))], program, parse, run)
+            assert code == 0, (program, args, capsys.readouterr().err)
+            ran.append(program)
+    assert ran == ["mokd.py", "eval_knn.py", "eval_linear.py", "eval_linear.py", *["mokd.py"] * 3]
