@@ -1522,7 +1522,8 @@ def test_machines_with_other_images_are_refused(tmp_path, monkeypatch):
     cfg = config("--out", tmp_path)
     cases = (([0, 10], None), ([0, 12], r"find \[10, 12\] images"), ([5, 10], r"steps \[0, 5\]"))
     for others, words in cases:
-        monkeypatch.setattr(mokd, "gather", lambda x, n: torch.cat([x, torch.tensor([others])]))
+        monkeypatch.setattr(mokd, "gather",   # of equal settings
+                            lambda x, n: torch.cat([x, torch.tensor([[*others, int(x[0, 2])]])]))
         if words is None:
             assert mokd.find_checkpoint(cfg, 10) is None
         else:
@@ -1924,6 +1925,15 @@ def test_one_flipped_bit_and_a_file_that_cannot_be_read_are_told_apart(finished,
     assert again(finished) == 2
     message = capsys.readouterr().err
     assert "Permission denied" in message and "Delete" not in message and "damaged" not in message
+
+
+def test_a_sound_checkpoint_that_cannot_be_mapped_is_not_called_damaged(finished, capsys, monkeypatch):
+    def no_memory(*args, **kwargs):
+        raise RuntimeError("unable to mmap 99 bytes from file <x>: Cannot allocate memory (12)")
+    monkeypatch.setattr(torch, "load", no_memory)
+    assert again(finished) == 2
+    message = capsys.readouterr().err
+    assert "may be sound" in message and "Delete" not in message and "damaged" not in message
 
 
 def test_a_checkpoint_whose_optimizer_state_has_other_shapes_is_refused(finished, capsys):
