@@ -28,7 +28,7 @@ PARSERS = {"mokd.py": mokd.parse_args, "eval_knn.py": eval_knn.parse, "eval_line
            "extras/benchmark.py": benchmark.parse, "extras/results.py": results.parse}
 FILES = ["README.md", "extras/README.md", "extras/RESULTS.md", "extras/TABLES.md"]
 STUBS = """
-S=0; HOST=localhost; A=runs/a; B=runs/b
+S=0; HOST=localhost; A=$PWD/extras; B=$PWD/.github   # two folders that exist
 python() { printf '%s\\t' "$@"; echo; }
 torchrun() { while [[ "$1" == --* ]]; do shift; done; python "$@"; }
 python3() { :; }; pip() { :; }; ln() { :; }; mkdir() { :; }; source() { :; }; .() { :; }
