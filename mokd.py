@@ -1565,8 +1565,9 @@ def sentence_for(error):
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return ("out of GPU memory: lower --batch_size or use more GPUs; in training also "
                 "--grad_checkpointing, fewer --local_crops, a lower --out_dim")
-    if "DataLoader worker" in text and ("killed" in text or "exited" in text):
-        return f"a loader process is gone, perhaps because memory ran out: try fewer --workers ({text})"
+    cut = isinstance(error, (ConnectionError, EOFError)) and not text.startswith("Caught")   # by its death
+    if cut or "DataLoader worker" in text and ("killed" in text or "exited" in text):
+        return f"a loader process is gone, perhaps because memory ran out: try fewer --workers ({error!r})"
     if "Expected more than 1 value per channel" in text:
         return "batch norm needs more than one value: raise --batch_size or the sizes of views"
     if isinstance(error, MemoryError) or "allocate memory" in text:   # torch's words and the system's
@@ -1576,7 +1577,11 @@ def sentence_for(error):
 def main(argv=None, program="mokd.py", parse=parse_args, run=run):
     """Run a program of this project -> exit code. What stops it is a sentence; no process outlives it."""
     try:
-        run(parse(argv))
+        try:
+            run(parse(argv))
+        finally:   # torch's handler raises at a worker's death, also in the middle of what follows
+            if hasattr(signal, "SIGCHLD"):   # not on Windows
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         return 0
     except UserError as error:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0 or error.code == 1:   # once on each machine

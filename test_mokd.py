@@ -1803,6 +1803,50 @@ def until(condition, seconds=60):
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize("error, known", [
+    (ConnectionResetError(104, "Connection reset by peer"), True), (EOFError(), True),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), True),
+    (ConnectionResetError("Caught ConnectionResetError in DataLoader worker process 0."), False)])
+def test_a_worker_that_dies_while_its_batch_is_fetched_has_the_sentence_too(error, known, capsys):
+    def run(cfg):
+        raise error
+    if known:
+        assert mokd.main([], run=run) == 1
+        assert "a loader process is gone" in capsys.readouterr().err
+    else:   # the data set's own failure
+        with pytest.raises(ConnectionResetError):
+            mokd.main([], run=run)
+
+
+NEWS_OF_A_DEATH = """
+import multiprocessing, os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])   # in all threads to come
+import torch
+import mokd
+
+def run(cfg):
+    loader = iter(torch.utils.data.DataLoader(range(4), num_workers=2))
+    next(loader)
+    worker = multiprocessing.active_children()[0]
+    os.kill(worker.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)   # it stays a zombie, as at its death
+    raise ConnectionResetError(104, "Connection reset by peer")
+
+def warn(text):
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])   # the news comes late
+    print(text, file=sys.stderr)
+
+mokd.warn = warn
+sys.exit(mokd.main([], run=run))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "waitid"), reason="needs waitid")
+def test_the_news_of_a_workers_death_does_not_interrupt_the_sentence():
+    done = subprocess.run([sys.executable, "-c", NEWS_OF_A_DEATH], capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 1 and "try fewer --workers" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks for processes in /proc")
 @pytest.mark.parametrize("victim", ["worker", "parent"])
 def test_a_killed_worker_ends_the_run_and_a_killed_run_ends_its_workers(victim, uninterrupted, tmp_path):
