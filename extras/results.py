@@ -9,6 +9,7 @@ k-NN is the last of log.jsonl (--knn_every). Linear probing is the best rate's l
 linear/results.json, where eval_linear.py has written one.
 """
 import argparse
+import glob
 import json
 import math
 import operator
@@ -43,13 +44,12 @@ def read_linear(run):
 def read_runs(folder, read):
     """-> {row: {seed: (model 1, model 2)}} of the runs that have what `read` reads."""
     rows = {}
-    for row in sorted(os.listdir(folder)):
-        for seed in sorted(os.listdir(os.path.join(folder, row))):
-            run = os.path.join(folder, row, seed)
-            if os.path.exists(os.path.join(run, "log.jsonl")):
-                values = read(run)
-                if values:
-                    rows.setdefault(row, {})[seed] = values
+    for log in sorted(glob.glob(os.path.join(glob.escape(folder), "*", "*", "log.jsonl"))):
+        run = os.path.dirname(log)
+        row, seed = run.split(os.sep)[-2:]
+        values = read(run)
+        if values:
+            rows.setdefault(row, {})[seed] = values
     return rows
 
 def mean_and(values, spread):

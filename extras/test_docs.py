@@ -130,6 +130,7 @@ def test_results_are_means_deviations_and_paired_differences(tmp_path, capsys):
             rates = {"1 a": {"0.1": dict(top1=knn1 + 1), "1": dict(top1=knn1 - 9)},
                      "2 b": {"0.1": dict(top1=knn2)}}
             (run / "linear" / "results.json").write_text(json.dumps(dict(results=rates)))
+    (tmp_path / "notes.txt").write_text("no row")
     assert results.main([str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "| cnns-all | 0, 1 | 54.0 ± 1.4 | 43.0 ± 4.2 | +2.0 ± 1.0 | +1.0 ± 1.0 | +1.5 ± 0.0 |" in text
