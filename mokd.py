@@ -1565,7 +1565,8 @@ def sentence_for(error):
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return ("out of GPU memory: lower --batch_size or use more GPUs; in training also "
                 "--grad_checkpointing, fewer --local_crops, a lower --out_dim")
-    cut = isinstance(error, (ConnectionError, EOFError)) and not text.startswith("Caught")   # by its death
+    # A worker that dies while its batch is fetched cuts the connection. "Caught" begins the data set's own.
+    cut = isinstance(error, (ConnectionError, EOFError)) and not text.startswith("Caught")
     if cut or "DataLoader worker" in text and ("killed" in text or "exited" in text):
         return f"a loader process is gone, perhaps because memory ran out: try fewer --workers ({error!r})"
     if "Expected more than 1 value per channel" in text:
@@ -1579,8 +1580,8 @@ def main(argv=None, program="mokd.py", parse=parse_args, run=run):
     try:
         try:
             run(parse(argv))
-        finally:   # torch's handler raises at a worker's death, also in the middle of what follows
-            if hasattr(signal, "SIGCHLD"):   # not on Windows
+        finally:   # no news of a worker's death, at which torch's handler raises, may interrupt what follows
+            if hasattr(signal, "SIGCHLD"):   # Windows has none
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         return 0
     except UserError as error:
