@@ -1,114 +1,149 @@
-"""Each patch in extras/forks is applied to a copy of mokd.py, which trains a little and shows its effect.
-
-    python -m pytest -q extras/test_forks.py
-"""
+"""Each patch in extras/forks is applied to a copy of mokd.py, which then shows its effect."""
+import importlib.util
 import json
 import os
-import re
+import pathlib
 import shutil
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""   # digits of the CPU are compared
-HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(HERE)
-NETS = ("--arch1 vit_tiny --model_kwargs1 img_size=32 patch_size=8 embed_dim=32 depth=1 num_heads=2 "
-        "--arch2 vit_tiny --model_kwargs2 img_size=32 patch_size=8 embed_dim=24 depth=1 num_heads=2").split()
-SMALL = ("--data toy --out_dim 32 --hidden_dim 16 --bottleneck_dim 8 --t_dim 24 --t_heads 2 --t_depth 1 "
-         "--global_size 32 --local_size 16 --local_crops 2 --batch_size 128 --epochs 1 --warmup_epochs 0 "
-         "--teacher_temp_epochs 1 "
-         "--workers 0 --freeze_last_layer 0 --vit_lr 0.001 --blur 0 0 --log_every 1").split()
-FORKS = sorted(file.removesuffix(".patch") for file in os.listdir(os.path.join(HERE, "forks")))
+HERE = pathlib.Path(__file__).resolve().parent
+CNN = "--arch{0} resnet18 --model_kwargs{0} layers=1,1,1,1 channels=8,8,16,16 "
+VIT = "--arch{0} vit_tiny --model_kwargs{0} img_size=32 patch_size=8 depth=1 num_heads=2 embed_dim={1} "
+SMALL = """--data toy --out_dim 32 --hidden_dim 16 --bottleneck_dim 8 --t_heads 2 --t_depth 1 --global_size 32
+    --local_size 16 --local_crops 2 --batch_size 32 --epochs 1 --warmup_epochs 0 --teacher_temp_epochs 1
+    --freeze_last_layer 0 --vit_lr 0.01 --blur 0 0 --dtype fp32 --workers 0 --log_every 1 """
+TORCHRUN = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2 mokd.py".split()]
 
+def patched(name, folder):
+    """A copy of mokd.py with a patch, and with fewer toy images -> its module."""
+    file = pathlib.Path(shutil.copy(HERE.parent / "mokd.py", folder))
+    subprocess.run(["git", "apply", f"{HERE}/forks/{name}.patch"], cwd=folder, check=True,
+                   env={**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.parent)})
+    file.write_text(file.read_text().replace("4096 if", "512 if"))
+    spec = importlib.util.spec_from_file_location(f"mokd_{name}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-def fork(name, folder):
-    """A copy of mokd.py, with a patch applied -> its folder."""
-    folder.mkdir(exist_ok=True)
-    shutil.copy(os.path.join(ROOT, "mokd.py"), folder)
-    if name:
-        subprocess.run(["git", "apply", os.path.join(HERE, "forks", f"{name}.patch")], cwd=folder, check=True,
-                       env={**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.parent)})
-    return folder
-
-
-def train(folder, *args, processes=1):
-    """Train 32 steps of 128 images -> checkpoint, log records."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes == 2 else []
-    command = [sys.executable, *launch, "mokd.py", *SMALL, *NETS, "--out", "out", *map(str, args)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    with open(folder / "out" / "log.jsonl") as f:
-        records = [json.loads(line) for line in f]
-    return torch.load(folder / "out" / "checkpoint.pth", weights_only=True), records
-
+def train(name, folder, more="", processes=1):   # two small ViTs, 16 steps of 32 images
+    mokd, out = patched(name, folder), folder / f"out{processes}"
+    flags = f"{SMALL} {VIT.format(1, 32)} {VIT.format(2, 24)} --t_dim 24 --out {out}".split()
+    if processes == 1:
+        mokd.main(flags + more.split())
+    else:
+        subprocess.run(TORCHRUN + flags, cwd=folder, check=True)
+    records = (out / "log.jsonl").read_text().splitlines()
+    return torch.load(out / "checkpoint.pth", weights_only=True), [json.loads(record) for record in records]
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    return train(fork(None, tmp_path_factory.mktemp("plain")))
-
+    return train("dataset", tmp_path_factory.mktemp("plain"))   # it leaves toy images as they are
 
 def test_every_fork_is_small_and_tested():
-    assert FORKS == ["dataset", "koleo", "mixer", "pairing", "projector", "static_teacher"]
-    for name in FORKS:
-        with open(os.path.join(HERE, "forks", f"{name}.patch")) as f:
-            patch = f.read()
-        assert len(re.findall(r"^\+(?!\+\+)", patch, re.M)) <= 12 and len(re.findall("^@@", patch, re.M)) <= 3
-        assert f"def test_{name}_" in open(__file__).read()
-
+    for file in (HERE / "forks").iterdir():
+        added = file.read_text().count("\n+") - 1   # one is +++ b/mokd.py
+        assert added <= dict(release=45, tensorboard=5).get(file.stem, 12)
+        assert any(test.startswith(f"test_{file.stem}_") for test in globals())
 
 def test_koleo_changes_both_models_and_is_logged(plain, tmp_path):
-    state, records = train(fork("koleo", tmp_path / "f"))
-    assert all(key in records[0] for key in ("koleo1", "koleo2", "loss1"))
-    for model in ("model1", "model2"):
-        for name in ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight"):   # it reaches the first layers
-            name = "backbone.model." + name
-            assert not torch.equal(state[model]["net"][name], plain[0][model]["net"][name])
-    assert records[0]["sm1"] == plain[1][0]["sm1"]   # the first step's other losses are as they were
+    _, records = train("koleo", tmp_path)
+    for i in "12":
+        more = records[0]["loss" + i] - plain[1][0]["loss" + i]
+        assert more == pytest.approx(0.1 * records[0]["koleo" + i], rel=1e-3) and more != 0
+        assert records[1]["sm" + i] != plain[1][1]["sm" + i]   # it has changed the backbone
 
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_projector_moves_is_averaged_and_saved(processes, tmp_path):
-    state, records = train(fork("projector", tmp_path / "f"), processes=processes)
-    assert records[-1]["p1"] < 0.9 * records[0]["p1"] and records[-1]["p2"] < 0.9 * records[0]["p2"]
-    for model in ("model1", "model2"):
-        weight = state[model]["net"]["projector.weight"]
-        average = state[model]["momentum_net"]["projector.weight"]
-        assert weight.shape[0] == 64 and not torch.equal(weight, average)
-        groups = [group for optimizer in state[model]["optimizers"] for group in optimizer["param_groups"]]
-        kept = sum(len(group["params"]) for group in groups)
-        assert kept == len(state[model]["net"])   # every parameter of the net; these nets have no buffers
-
+def test_projector_is_trained_averaged_and_saved_by_two_processes_as_by_one(tmp_path):
+    state, one = train("projector", tmp_path)
+    two = train("projector", tmp_path, processes=2)[1]
+    for i in "12":
+        assert one[-1]["p" + i] < 0.9 * one[0]["p" + i]
+        assert one[-1]["p" + i] == pytest.approx(two[-1]["p" + i], rel=1e-3)
+        net, net_ = state["model" + i]["net"], state["model" + i]["momentum_net"]
+        assert not torch.equal(net["projector.weight"], net_["projector.weight"])
 
 def test_mixer_takes_the_place_of_the_t_head(plain, tmp_path):
-    state, records = train(fork("mixer", tmp_path / "f"))
-    names = state["model1"]["net"]
-    assert "t_head.blocks.0.mlp_tokens.fc1.weight" in names and "t_head.pos" not in names
-    assert records[0]["sm1"] == plain[1][0]["sm1"] and records[0]["ct1"] != plain[1][0]["ct1"]
+    state, records = train("mixer", tmp_path)
+    assert "t_head.blocks.0.mlp_tokens.fc1.weight" in state["model1"]["net"]
+    assert records[0]["sm1"] == plain[1][0]["sm1"]
     assert records[-1]["loss1"] < records[0]["loss1"]
 
-
 def test_static_teacher_stands_still_while_model_2_learns(plain, tmp_path):
-    folder = fork("static_teacher", tmp_path / "f")
-    weights = {name.removeprefix("backbone.model."): w for name, w in plain[0]["model1"]["net"].items()
-               if name.startswith("backbone.model.")}
-    torch.save(weights, folder / "teacher.pth")
-    state, records = train(folder, "--init1", "teacher.pth")
-    for name, w in weights.items():
-        assert torch.equal(state["model1"]["net"]["backbone.model." + name], w), name
-        assert torch.equal(state["model1"]["momentum_net"]["backbone.model." + name], w), name
+    teacher = plain[0]["model1"]["net"]
+    torch.save(teacher, tmp_path / "teacher.pth")
+    state, records = train("static_teacher", tmp_path, f"--init1 {tmp_path}/teacher.pth")
+    for name, w in state["model1"]["net"].items():
+        assert torch.equal(state["model1"]["momentum_net"][name], w), name
+        assert torch.equal(teacher[name], w) or "head" in name, name
     assert records[-1]["cm2"] < records[0]["cm2"]
 
-
 def test_dataset_of_ones_own_is_trained_on(tmp_path):
-    state, records = train(fork("dataset", tmp_path / "f"), "--data", "noise")
-    assert state["images"] == 512 and records[-1]["steps"] == 4
-
+    state, records = train("dataset", tmp_path, "--data noise --batch_size 128")
+    assert state["images"][0] == 512 and records[-1]["steps"] == 4
 
 def test_pairing_of_ones_own_changes_the_search_alone(plain, tmp_path):
-    _, records = train(fork("pairing", tmp_path / "f"), "--search", "parity")
-    first, usual = records[0], plain[1][0]
-    assert first["st1"] == usual["st1"] and first["ct1"] != usual["ct1"] and first["ct2"] != usual["ct2"]
+    first, usual = train("pairing", tmp_path, "--search parity")[1][0], plain[1][0]
+    assert first["st1"] == usual["st1"] and first["ct1"] != usual["ct1"]
+
+def test_tensorboard_gets_every_record(tmp_path, monkeypatch):
+    stand_in = Mock()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
+    _, records = train("tensorboard", tmp_path, "--log_every 8 --knn_every 1")
+    stand_in.SummaryWriter.assert_called_once_with(f"{tmp_path}/out1")
+    points = iter(stand_in.SummaryWriter().add_scalar.call_args_list)
+    for step, record in zip((8, 16, 0), records, strict=True):   # k-NN stands at its epoch
+        for name, value in record.items():
+            assert next(points).args == (name, value, step)
+
+def test_release_switches_every_row(tmp_path):
+    mokd = patched("release", tmp_path)
+    paper, release = mokd.parse_args([]), mokd.parse_args(["--recipe", "release"])
+    rows = dict(recipe="release", vit_pool="cls", t_dim=0, search="local", search_center=False, wd_end=0.4,
+                t_optimizer="sgd", teacher_temp_epochs_cnn=50, cnn_lr_end=0.0048, vit_lr_end=1e-5)
+    assert {name: value for name, value in vars(release).items() if value != getattr(paper, name)} == rows
+    demo = mokd.parse_args("--search global --demo --recipe=release".split())   # the first two win
+    assert (demo.search, demo.t_dim, demo.vit_pool) == ("global", 48, "cls")
+    nows = [mokd.schedule(release, step, 5) for step in range(250)]   # of 5 steps an epoch
+    assert [now.lr["cnn"] for now in nows[:50]] == pytest.approx(torch.linspace(0, 0.1, 50).tolist())
+    assert [now.tau_cnn for now in nows[::5]] == pytest.approx(torch.linspace(0.04, 0.07, 50).tolist())
+    # Positions of 3 x 3 tokens, among 7 x 7 that reach from -1 to 1
+    head, hook = mokd.THead(8, 4, 8, 1, 2, 49, release=True), Mock(return_value=None)
+    head.blocks.register_forward_pre_hook(hook)
+    head(torch.zeros(1, 9, 8))
+    at = (2 * (torch.arange(3) + 0.5) / 3.1 - 1).expand(3, 3)
+    maps = head.pos.unflatten(1, (7, 7)).permute(0, 3, 1, 2)
+    pos = torch.nn.functional.grid_sample(maps, torch.stack([at, at.T], -1)[None], "bicubic", "border", False)
+    assert torch.allclose(hook.call_args.args[1][0], pos.flatten(2).mT, atol=1e-6)
+
+@pytest.mark.parametrize("pair, lambdas, width", [
+    (CNN.format(1) + VIT.format(2, 24), (1, 0.1), 24), (VIT.format(1, 96) + CNN.format(2), (0.1, 1), 96),
+    (CNN.format(1) + CNN.format(2), (1, 1), 384), (VIT.format(1, 24) + VIT.format(2, 32), (0.1, 1), 384)])
+def test_release_builds_and_trains_any_pair(pair, lambdas, width, tmp_path):
+    mokd = patched("release", tmp_path)
+    mokd.H, mokd.train = Mock(wraps=mokd.H), Mock(wraps=mokd.train)
+    mokd.main(f"{SMALL} {pair} --recipe release --batch_size 128 --out {tmp_path}/out".split())
+    cfg, models = mokd.train.call_args.args[:2]
+    assert (cfg.lambda1, cfg.lambda2, cfg.t_dim) == (*lambdas, width)
+    own = [0.04 if m.family == "cnn" else 0.07 for m in models]   # tau' in epoch 0, for sm and st
+    assert [call.args[3] for call in mokd.H.call_args_list] == (own * 2 + [0.07] * 4) * 4
+    for m in models:
+        assert m.family == "cnn" or 0.01 < m.n_.backbone.model.cls_token.std() < 0.04
+        for optimizer in m.optimizers:
+            assert isinstance(optimizer, torch.optim.SGD) == (m.family == "cnn")
+            for group in optimizer.param_groups:
+                t_head = group["family"] != m.family   # of a CNN
+                assert {t_head or p.dim() > 1 for p in group["params"]} == {group["decays"]}
+
+def test_release_takes_the_stored_step_of_the_released_code(tmp_path):
+    patched("release", tmp_path)
+    for name in ("test_mokd.py", "eval_knn.py", "eval_linear.py", ".ci"):
+        os.symlink(HERE.parent / name, tmp_path / name)
+    (tmp_path / "conftest.py").write_text("""import mokd, numpy
+parse, tau_ = mokd.parse_args, numpy.load(".ci/release_step.npz")["meta.teacher_temp"]
+mokd.parse_args = lambda argv: parse(["--recipe", "release", "--teacher_temp_start", str(tau_), *argv])""")
+    subprocess.run([sys.executable, *"-m pytest -q -k released_codes_step".split()], cwd=tmp_path, check=True)
