@@ -1,0 +1,262 @@
+"""Tests of eval_coco.py, on images that they draw.
+
+    python -m pytest -q extras/test_coco.py
+"""
+import json, math, os, subprocess, sys   # noqa: E401
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from PIL import Image
+from pycocotools import mask as run_lengths
+from torchvision.datasets import CocoDetection
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import eval_coco   # puts the folder of mokd.py on the path
+import mokd
+
+CPU = torch.device("cpu")
+NET = "--arch resnet18 --model_kwargs channels=16,32,64,64 layers=1,1,1,1".split()
+SMALL = ("--train_size 72 96 --test_size 84 --max_size 128 --anchors 16 24 36 --regions 32 --batch_size 4 "
+         "--lr 0.1 --warmup 5 --workers 0 --log_every 1").split()
+
+def draw_object(g, h, w):
+    """-> annotation of a rectangle or a diamond; mask."""
+    category = int(g.choice([3, 7]))   # ids as COCO's, with gaps
+    width, height = g.integers(24, 48, 2).tolist()
+    x, y = int(g.integers(0, w - width)), int(g.integers(0, h - height))
+    corners = [x, y, x + width, y, x + width, y + height, x, y + height]
+    if category == 7:
+        corners = [x + width / 2, y, x + width, y + height / 2, x + width / 2, y + height, x, y + height / 2]
+    mask = run_lengths.decode(run_lengths.merge(run_lengths.frPyObjects([corners], h, w))).astype(bool)
+    annotation = dict(category_id=category, bbox=[x, y, width, height], area=int(mask.sum()), iscrowd=0,
+                      segmentation=[corners])
+    return annotation, mask
+
+def draw_coco(folder, sizes):
+    """Bright objects on gray noise, in COCO's format. The first image has none, the second only a crowd."""
+    g = np.random.default_rng(0)
+    os.makedirs(f"{folder}/annotations")
+    for part, n in sizes.items():
+        os.makedirs(f"{folder}/{part}2017")
+        images, annotations = [], []
+        for i in range(n):
+            h, w = 72, 96
+            pixels = g.integers(60, 140, (h, w, 3), dtype=np.uint8)
+            annotation, mask = draw_object(g, h, w)
+            if i == 1:
+                runs = run_lengths.encode(np.asfortranarray(mask.astype(np.uint8)))
+                annotation |= dict(iscrowd=1, segmentation=runs | dict(counts=runs["counts"].decode()))
+            if i > 0:
+                pixels[mask] = g.integers(180, 256, 3)
+                annotations.append(annotation | dict(id=i, image_id=100 + i))
+            Image.fromarray(pixels).save(f"{folder}/{part}2017/{i}.png")
+            images.append(dict(id=100 + i, file_name=f"{i}.png", height=h, width=w))
+        content = dict(info={}, images=images, annotations=annotations,
+                       categories=[dict(id=3, name="rectangle"), dict(id=7, name="diamond")])
+        with open(f"{folder}/annotations/instances_{part}2017.json", "w") as f:
+            json.dump(content, f)
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "coco"
+    draw_coco(folder, dict(train=40, val=8))
+    return folder
+
+def config(data, *args):
+    cfg = eval_coco.parse([str(a) for a in [*NET, *SMALL, "--data", data, *args]])
+    mokd.join_processes(cfg)
+    return cfg
+
+def images_of(cfg, part):
+    return eval_coco.open_coco(eval_coco.TrainingImages if part == "train" else CocoDetection, cfg, part)
+
+# ------------------------------------------------------------------------------------------------- evaluation
+def test_a_perfect_detector_has_ap_100_and_its_errors_cost(data):
+    coco = images_of(config(data), "val").coco
+    found = [dict(image_id=a["image_id"], category_id=a["category_id"], score=0.9, bbox=a["bbox"],
+                  segmentation=coco.annToRLE(a)) for a in coco.anns.values() if not a["iscrowd"]]
+    perfect = {name: pytest.approx(100) for name in ("AP", "AP50", "AP75")}
+    assert eval_coco.average_precision(coco, found) == dict(box=perfect, mask=perfect)
+
+    nothing = dict(AP=0, AP50=0, AP75=0)
+    assert eval_coco.average_precision(coco, []) == dict(box=nothing, mask=nothing)
+    other_class = [d | dict(category_id=10 - d["category_id"]) for d in found]
+    assert eval_coco.average_precision(coco, other_class)["box"]["AP50"] < 5
+    moved = []   # so that boxes overlap by 0.7 / 1.3
+    for d in found:
+        x, y, w, h = d["bbox"]
+        moved.append(d | dict(bbox=[x + 0.3 * w, y, w, h]))
+    results = eval_coco.average_precision(coco, moved)
+    assert results["box"]["AP50"] == pytest.approx(100) and results["box"]["AP75"] == 0
+    assert results["mask"] == perfect
+
+class Knows(nn.Module):
+    """Finds the true objects, in pixels of the resized image, with masks of 14 x 14 cells."""
+    def __init__(self, images):
+        super().__init__()
+        self.images, self.calls = images, 0
+        self.transform = GeneralizedRCNNTransform(800, 128, [0.0] * 3, [1.0] * 3)
+
+    def forward(self, x):
+        coco, i = self.images.coco, self.images.ids[self.calls]
+        self.calls += 1
+        annotations = [a for a in coco.imgToAnns[i] if not a["iscrowd"]]
+        size, = self.transform(x)[0].image_sizes
+        assert min(size) == 84
+        boxes = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float).view(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        boxes *= 84 / 72
+        masks = torch.zeros(0, 1, 14, 14)
+        if annotations:
+            of_file = torch.from_numpy(np.stack([coco.annToMask(a) for a in annotations]))
+            masks = eval_coco.mask_targets(of_file, boxes, torch.arange(len(boxes)), size)[:, None]
+        labels = torch.tensor([{3: 1, 7: 2}[a["category_id"]] for a in annotations]).long()
+        found = dict(boxes=boxes, scores=torch.ones(len(boxes)), labels=labels, masks=masks)
+        return self.transform.postprocess([found], [size], [(72, 96)])
+
+def test_boxes_and_masks_come_back_to_the_files_pixels(data):
+    """True masks are cut into cells and pasted again. By torchvision's own functions their AP is about 80."""
+    cfg = config(data)
+    images = images_of(cfg, "val")
+    results = eval_coco.average_precision(images.coco, eval_coco.detect(Knows(images), images, cfg, CPU))
+    assert results["box"]["AP"] == pytest.approx(100)
+    assert results["mask"]["AP75"] == pytest.approx(100) and results["mask"]["AP"] > 95
+
+@pytest.mark.parametrize("x, y", [(3, 5), (0, 0), (16, 6)])
+def test_a_box_of_14_pixels_has_a_cell_for_each(x, y):
+    masks = (torch.rand(2, 20, 30, generator=mokd.generator("masks")) < 0.5).to(torch.uint8)
+    box = torch.tensor([[x, y, x + 14, y + 14]]).float()
+    cells = eval_coco.mask_targets(masks, 2 * box, torch.tensor([1]), (40, 60))   # an image twice as large
+    inside = masks[1, y:y + 14, x:x + 14]
+    assert torch.allclose(cells[0], inside.float(), atol=1e-5)
+    pasted = eval_coco.paste_masks(cells[None], box, (20, 30))[0, 0] >= 0.5
+    assert torch.equal(pasted[y:y + 14, x:x + 14], inside.bool()) and pasted.sum() == inside.sum()
+
+# ------------------------------------------------------------------------------------------------------- data
+def test_a_training_image_carries_its_objects(data):
+    cfg = config(data)
+    images = images_of(cfg, "train")
+    assert len(images) == 38   # of 40: an image without objects, and a crowd, do not teach
+    flipped = 0
+    for i in range(len(images)):
+        image, target = images[0, i]
+        annotation, = images.coco.imgToAnns[images.ids[i]]
+        mask = target["masks_of_file"][0]
+        assert image.shape == (3, 72, 96) and mask.sum() == annotation["area"]
+        assert target["labels"].tolist() == [{3: 1, 7: 2}[annotation["category_id"]]]
+        rows, columns = torch.where(mask)
+        around = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+        assert (target["boxes"][0] - around).abs().max() <= 1.5   # a diamond's tip is less than a pixel
+        inside = image[:, mask.bool()]
+        assert (inside == inside[:, :1]).all()   # one color
+        flipped += not np.array_equal(mask, images.coco.annToMask(annotation))
+    assert 8 < flipped < 30
+    assert torch.equal(images[3, 5][0], images[3, 5][0])
+
+# --------------------------------------------------------------------------------------------------- detector
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_box_and_mask_heads_share_layer4(dtype, data):
+    cfg = config(data, "--dtype", dtype)
+    net, calls, pooled = eval_coco.build(cfg, 2, CPU), [], []
+    layer4 = net.roi_heads.box_head
+    assert layer4 is net.roi_heads.mask_head
+    for module in (net.backbone, layer4):
+        module.register_forward_hook(lambda module, args, y: calls.append((args[0].shape, y.shape)))
+    net.roi_heads.box_roi_pool.register_forward_hook(lambda module, args, y: pooled.append(args))
+    images = images_of(cfg, "train")
+    x, targets = zip(*[images[0, i] for i in range(4)])
+    x = [image.float() / 255 for image in x]
+    losses = net.train()(x, targets)
+    (image, features), (cells, maps) = calls   # in training layer4 runs once
+    assert features == (4, 64, image[2] // 16, image[3] // 16)
+    assert cells[1:] == (64, 14, 14) and maps[1:] == (64, 7, 7) and cells[0] <= 4 * 32
+    assert len(losses) == 5 and losses["loss_mask"].item() == pytest.approx(math.log(2), abs=0.02)
+    for name in ("loss_classifier", "loss_box_reg", "loss_mask"):
+        gradient, = torch.autograd.grad(losses[name], layer4[0][0].conv1.weight, retain_graph=True)
+        assert gradient.abs().sum() > 0
+    net.eval()(x[:1])
+    assert len(calls) == 2 + 3   # in test a second time, for masks of the final boxes
+    features, (regions,) = pooled[1]
+    assert features.dtype == regions.dtype == torch.float   # and not rounded to 8 bits on the way
+    assert (regions != regions.bfloat16()).float().mean() > 0.3
+
+def test_regions_are_pooled_at_the_right_place(data):
+    """On a map that holds its own coordinates. Cell j of the map is centered at pixel 16 j + 8."""
+    pool = eval_coco.build(config(data), 2, CPU).roi_heads.box_roi_pool
+    columns = torch.arange(12.0).expand(1, 1, 12, 12)
+    cells = pool(columns, [torch.tensor([[32.0, 32.0, 144.0, 144.0]])])[0, 0, 0]
+    centers = 32 + (torch.arange(14) + 0.5) * 112 / 14
+    assert torch.allclose(cells, (centers - 8) / 16, atol=1e-4)
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """What a run of mokd.py leaves, with a momentum net that differs from the student, also in statistics."""
+    out = tmp_path_factory.mktemp("run")
+    cfg = mokd.parse_args(["--demo", "--out", str(out)])
+    models = mokd.build_models(cfg, CPU)
+    for name, value in models[0].n_.state_dict().items():
+        if value.is_floating_point():
+            value.mul_(1 + 0.1 * torch.rand_like(value))
+    mokd.save(cfg, models, 1, torch.amp.GradScaler(enabled=False), range(8))
+    return out, models[0].n_.backbone
+
+@pytest.mark.parametrize("source", ["checkpoint", "weights"])
+def test_a_runs_weights_arrive_in_trunk_and_layer4(source, run_folder, data):
+    out, backbone = run_folder
+    args = ["--checkpoint", out / "checkpoint.pth", "--model", 1]
+    if source == "weights":
+        net = mokd.DEMO1.replace("--arch1", "--arch").replace("--model_kwargs1", "--model_kwargs")
+        args = [*net.split(), "--weights", out / "model1.pth"]
+    cfg = eval_coco.parse([str(a) for a in args] + ["--dtype", "fp32"])
+    net = eval_coco.build(cfg, 80, CPU).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        theirs = backbone.eval().model.forward_features(x)
+        assert torch.equal(net.roi_heads.box_head(net.backbone(x)), theirs)
+    # This ResNet's maps have stride 8, and regions are pooled from them at that scale.
+    assert net.roi_heads.box_roi_pool.spatial_scale == 1 / 8
+
+# --------------------------------------------------------------------------------------------------- training
+def test_the_recipe_is_a5s():
+    cfg = eval_coco.parse(["--arch", "resnet34"])
+    assert (cfg.iterations, cfg.batch_size, cfg.train_size, cfg.test_size) == (180000, 16, (600, 800), 800)
+    rates = {0: 2e-5, 500: 0.01001, 1000: 0.02, 119999: 0.02, 120000: 0.002, 159999: 0.002, 160000: 2e-4}
+    for step, rate in rates.items():
+        assert eval_coco.learning_rate(cfg, step) == pytest.approx(rate)
+
+def test_training_learns_and_goes_on_where_it_was_cut(data, tmp_path, monkeypatch, capsys):
+    args = [*NET, *SMALL, *"--iterations 30 --save_every 8 --data".split(), str(data), "--out", str(tmp_path)]
+    rate = eval_coco.learning_rate
+
+    def cut(cfg, step):
+        if step == 11:
+            raise KeyboardInterrupt
+        return rate(cfg, step)
+    monkeypatch.setattr(eval_coco, "learning_rate", cut)
+    with pytest.raises(KeyboardInterrupt):
+        mokd.main(args, eval_coco.parse, eval_coco.run)
+    monkeypatch.undo()
+    mokd.main(args, eval_coco.parse, eval_coco.run)
+    text = capsys.readouterr().out
+    assert "at step 8" in text and "minutes_left" in text and "AP50" in text
+    records = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
+    assert [r["step"] for r in records] == [*range(1, 12), *range(9, 31)]
+    losses = [r["loss"] for r in records]
+    assert losses[8:11] == pytest.approx(losses[11:14], rel=1e-3)   # steps 9 to 11, before and after
+    first, last = [sum(part) / 5 for part in (losses[:5], losses[-5:])]
+    assert last < 0.8 * first
+    assert {*json.loads((tmp_path / "results.json").read_text())["results"]} == {"box", "mask"}
+    with pytest.raises(SystemExit):   # other settings
+        mokd.main([*args, "--seed", "1"], eval_coco.parse, eval_coco.run)
+
+def test_two_processes_train_together(data, tmp_path):
+    args = [*NET, *SMALL, "--data", data, "--out", tmp_path, "--iterations", 2]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [str(a) for a in [*torchrun, eval_coco.__file__, *args]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "processes: 2" in done.stdout and done.stdout.count("AP75") == 1
+    assert len(open(tmp_path / "log.jsonl").readlines()) == 2
