@@ -1,4 +1,4 @@
-"""Every command in the documents is read by the program that it calls, and README's commands run at small size.
+"""Every command in the documents is read by the program that it calls; README's run at small size.
 
     python -m pytest -q extras/test_docs.py
 """
@@ -32,7 +32,7 @@ STUBS = r"""
 HOST=localhost; A=$PWD/extras; B=$PWD/.github   # two folders that exist
 python() { printf '%s\t' "$@"; echo; }
 torchrun() { while [[ "$1" == --* ]]; do shift; done; python "$@"; }
-python3() { :; }; pip() { :; }; ln() { :; }; mkdir() { :; }; source() { :; }; .() { :; }; git() { :; }; tar() { :; }; mv() { :; }
+python3() { :; }; pip() { :; }; ln() { :; }; mkdir() { :; }; git() { :; }; tar() { :; }; mv() { :; }
 """
 
 
@@ -42,7 +42,7 @@ def text_of(file):
 
 
 def calls_of(file):
-    """-> lists of words, as the programs of a document are called, in its blocks of shell and within lines."""
+    """-> lists of words, as a document calls its programs, in blocks of shell and within lines."""
     text = text_of(file)
     script = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S))
     lines = re.sub(r"```.*?```", "", text, flags=re.S)
@@ -70,7 +70,7 @@ def test_every_command_is_read_by_its_program(file):
 
 
 def test_every_flag_that_the_text_names_exists():
-    known = "--recipe --nproc_per_node --nnodes --rdzv_backend --rdzv_endpoint --help".split()   # a fork's, torchrun's
+    known = "--recipe --nproc_per_node --nnodes --rdzv_backend --rdzv_endpoint --help".split()
     for source in ("mokd.py", "eval_knn.py", "eval_linear.py", "extras/eval_coco.py", "extras/figures.py",
                    "extras/benchmark.py", "extras/results.py"):
         text = text_of(source)
@@ -107,7 +107,8 @@ def test_readmes_commands_run_at_small_size(tmp_path):
         (tmp_path / "data" / part / c).mkdir(parents=True, exist_ok=True)
         pixels = torch.randint(256, (3, 40, 40), generator=g, dtype=torch.uint8)
         write_png(pixels, str(tmp_path / "data" / part / c / f"{i}.png"))
-    small = ["--data", tmp_path / "data", "--epochs", 1, "--warmup_epochs", 0, "--batch_size", 8, "--workers", 0]
+    small = ["--data", tmp_path / "data", "--epochs", 1, "--warmup_epochs", 0, "--batch_size", 8]
+    small += ["--workers", 0]
     nets = ["--global_size", 64, "--local_size", 32, "--local_crops", 1, "--out_dim", 64, "--hidden_dim", 16,
             "--bottleneck_dim", 8]
     trained = ["--checkpoint", tmp_path / "0" / "checkpoint.pth"]
