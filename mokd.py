@@ -13,10 +13,10 @@ The order is the paper's: settings (A.1), images and views (A.1), backbones, hea
 losses (3.2, 3.3), schedules, the two models, Algorithm 1 (train_step), k-NN (A.2); then the training loop.
 The four k of A.2 are in eval_knn.py, linear probing in eval_linear.py.
 
-Names are Algorithm 1's: m and t are logits of the MLP-Head and of the T-Head, Z is a representation, and a
-trailing _ belongs to a momentum net. In shapes, B is the images of one process, V = 2 + L the views of an
-image (two global ones, then L local ones), K the logits of a head, C a backbone's channels, N its tokens.
-Sources stand in brackets: sections of the paper, [DINO], [released] for the authors' code, [ours].
+Names are Algorithm 1's: m and t are logits of the MLP-Head and of the T-Head, Z is a representation. A
+trailing _ belongs to a momentum net, _s to a search. In shapes, B is the images of one process, V = 2 + L the
+views of an image (two global ones, then L local ones), K the logits of a head, C a backbone's channels, N its
+tokens. Sources stand in brackets: sections of the paper, [DINO], [released] for the authors' code, [ours].
 """
 import argparse, ast, copy, functools, hashlib, json, math, multiprocessing, os  # noqa: E401
 import signal, sys, threading, time, typing, zipfile  # noqa: E401
@@ -43,7 +43,7 @@ changeable = functools.partial(flag, may_differ=True)
 @dataclass
 class Config:
     """Every setting with its source. Config() is the paper's recipe for ImageNet. A new line here is a new
-    flag, with help, and guards resuming."""
+    flag with help, and a resumed run must have the same value."""
     # the two models (4)
     arch1: str = flag("resnet50", "backbone 1: resnet50, vit_small, ... or any timm model [4]")
     arch2: str = flag("vit_small", "backbone 2; it may equal backbone 1 [4]")
@@ -51,7 +51,7 @@ class Config:
     model_kwargs2: dict = flag(None, "arguments of timm.create_model for backbone 2")
     init1: str = flag("", "first weights of backbone 1: a model1.pth, or a file of timm, DINO, MoCo")
     init2: str = flag("", "first weights of backbone 2")
-    vit_pool: str = flag("mean", "pooled feature of a ViT: patches [3.2] or [released]", 1, ("mean", "cls"))
+    vit_pool: str = flag("mean", "a ViT's feature: patch mean [3.2], CLS [released]", choices=("mean", "cls"))
     drop_path: float = flag(0.1, "stochastic depth of a student ViT [DINO]", 0.9)
     # heads (3.4)
     out_dim: int = flag(65536, "K, logits of a head [3.4]; use fewer for few images")
@@ -63,11 +63,11 @@ class Config:
     t_norm: bool = flag(False, "L2-normalize what a T-Head's last layer reads [ours]; against collapse")
     # losses (3.2, 3.3)
     losses: str = flag("sm,cm,st,ct", "losses, sm among them; sm alone trains two independent nets [Table 7]")
-    lambda1: float = flag(None, "weight of cm1, ct1, 0 to 1 [eq. 9]; unset: larger backbone 1, smaller 0.1"
-                          " [4.5, A.1]. Table 8 is best with 1 for the model that is worse alone", 1)
+    lambda1: float = flag(None, "weight of cm1 and ct1, 0 to 1 [eq. 9]; unset: 1 for the larger backbone, 0.1"
+                          " for the smaller [4.5, A.1]. Table 8 is best with 1 for the one worse alone", 1)
     lambda2: float = flag(None, "weight of cm2 and ct2, by the same rule", 1)
-    search: str = flag("all", "views that search: all that differ [ours: Algorithm 1 in multi-crop], its two"
-                       " alone, or local ones in view 0 [released]", choices=("all", "global", "local"))
+    search: str = flag("all", "all: each view searches the other global ones [ours]; global: those two alone"
+                       " do; local: local ones search view 0 [released]", choices=("all", "global", "local"))
     search_center: bool = flag(True, "center what a search gives, by the T-Head's center [ours]")
     student_temp: float = flag(0.1, "tau, temperature of the students [A.1]")
     teacher_temp: float = flag(0.07, "tau' after its rise [A.1]; lower it if entropies stay high")
@@ -83,8 +83,8 @@ class Config:
     local_crops: int = flag(8, "L, local views of an image [A.1]; 0 for none")
     jitter: tuple[float, ...] = flag((0.4, 0.4, 0.2, 0.1), "brightness, contrast, saturation, hue [DINO]")
     grayscale: float = flag(0.2, "probability of grayscale [DINO]; A.1 names none", 1)
-    blur: tuple[float, float] = flag((0.1, 2.0), "range of the Gaussian's sigma in pixels [DINO]; 0 0: none")
-    solarize: float = flag(0.2, "probability of solarizing global view 1 [DINO]; A.1 names none", 1)
+    blur: tuple[float, float] = flag((0.1, 2.0), "range of the Gaussian's sigma, pixels [DINO]; 0 0: none", 2)
+    solarize: float = flag(0.2, "probability of solarizing the second global view [DINO]; A.1 names none", 1)
     # data, optimization
     data: str = changeable("imagenet", "image folder, torchvision data set (cifar10, ...), or toy")
     data_root: str = changeable("data", "folder to which torchvision data sets are downloaded")
@@ -94,10 +94,10 @@ class Config:
     warmup_epochs: int = changeable(10, "epochs in which rates rise [A.1]; raise it if losses rise")
     cnn_optimizer: str = flag("sgd", "for CNNs, the nets with batch norm [3.4]", choices=("sgd", "adamw"))
     vit_optimizer: str = flag("adamw", "for ViTs, the nets without [3.4]", choices=("sgd", "adamw"))
-    t_optimizer: str = flag("adamw", "for a CNN's T-Head, with vit_lr and vit_wd [ours]; sgd by 3.4 for"
+    t_optimizer: str = flag("adamw", "of a CNN's T-Head, with vit_lr and vit_wd [ours]; sgd by 3.4's rule for"
                             " CNNs and in [released]", choices=("sgd", "adamw"))
     cnn_lr: float = changeable(0.1, "peak rate of CNNs for batches of 256 [A.1]; lower it if losses rise")
-    vit_lr: float = changeable(3e-4, "peak rate of ViTs [A.1] and of T-Heads for batches of 256; as cnn_lr")
+    vit_lr: float = changeable(3e-4, "peak rate of ViTs [A.1] and T-Heads for batches of 256; see cnn_lr")
     cnn_lr_end: float = changeable(1e-6, "last rate of CNNs [DINO]; 0.0048 [released]")
     vit_lr_end: float = changeable(1e-6, "last rate of ViTs and T-Heads [DINO]; 1e-5 [released]")
     cnn_wd: float = flag(1e-4, "weight decay of CNNs [A.1]; 1-D parameters have none [DINO]")
@@ -150,11 +150,12 @@ def read_flags(config, argv, about):
             kind, *more = typing.get_args(kind)
             options["nargs"] = "+" if ... in more else 1 + len(more)
         if kind is bool:
-            options = dict(help=f.metadata["help"], action=argparse.BooleanOptionalAction)
+            options = dict(help=options["help"], action=argparse.BooleanOptionalAction)
         elif kind is dict:
             options.update(type=key_value, nargs="*", metavar="KEY=VALUE")
         elif kind is not str:
             options["type"] = functools.partial(number, kind, f.metadata["high"])
+            options["type"].__name__ = kind.__name__   # argparse says it where a value does not fit
         parser.add_argument(f"--{f.name}", default=f.default, **options)
     given = vars(parser.parse_args(argv))
     for f in fields(config):
@@ -190,7 +191,7 @@ def warn(text):
     print(text, file=sys.stderr, flush=True)
 
 def stop(message, code=2):
-    """End the program with a sentence, once a machine. Code 2: the command is wrong; 1: the run failed."""
+    """End the program with a sentence. Code 2: a wrong command; 1: a failed run, which each process says."""
     if LOCAL_RANK == 0 or code == 1:
         warn(message)
     raise SystemExit(code)
@@ -237,8 +238,8 @@ def catch_signals():
     """From here on SIGTERM and SIGINT wait for the end of a step. main puts the caller's handlers back."""
     caught.clear()
     if threading.current_thread() is threading.main_thread():   # no other can set handlers
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, frame: caught.append(number))
+        for wanted in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(wanted, lambda found, frame: caught.append(found))
 
 def after_step(unreadable):
     """Lines about this process's images -> how many are unreadable in all; a signal that any caught."""
@@ -315,8 +316,8 @@ def torchvision_images(name, root, part):
 
 # ------------------------------------------------------------------------------------------ data: views (A.1)
 class MultiCrop:
-    """(epoch, index) -> uint8 crops [(2, S, S, 3), (L, s, s, 3)], channels last as torch's resize leaves
-    them, and "". For an unreadable image come crops of the next, and a line about it in place of ""."""
+    """(epoch, index) -> uint8 crops, channels last, [(2, S, S, 3), (L, s, s, 3)], and "". If the image cannot
+    be read, the crops are of the next that can, and in place of "" comes a line about it."""
     def __init__(self, images, cfg):
         self.images, self.cfg = images, cfg
 
@@ -332,7 +333,6 @@ class MultiCrop:
         return crops, unreadable
 
     def read(self, index):
-        """-> the image, or the next readable one; "", or a line about the image that cannot be read."""
         unreadable = ""
         for i in range(index, index + 100):
             try:
@@ -402,10 +402,10 @@ def gaussian_blur(x, sigma, radius=6):
 
 def draw_photometric(cfg, step):
     """What happens to each view in a step: CPU tensors (..., VB), the B images of view 0 first. They are
-    drawn for all processes, of which each takes its share, so two see what one would."""
-    V, B, g = 2 + cfg.local_crops, cfg.batch_size, generator(cfg.seed, "photometric", step)
+    drawn for all n images of all processes, of which each takes its share, so two see what one would."""
+    V, n, g = 2 + cfg.local_crops, cfg.batch_size, generator(cfg.seed, "photometric", step)
     def rand(*more):
-        return torch.rand(*more, V, B, generator=g)
+        return torch.rand(*more, V, n, generator=g)
     p = dict(flip=rand() < 0.5, jitter=rand() < 0.8, order=rand(4).argsort(0))   # [DINO]
     p["factor"] = (2 * rand(4) - 1) * torch.tensor(cfg.jitter).view(4, 1, 1)
     p["factor"][:3] = (1 + p["factor"][:3]).clamp_min(0)   # all but the hue, whose factor is an angle
@@ -415,7 +415,7 @@ def draw_photometric(cfg, step):
     p["blur"] = (rand() < blur_rate) & (cfg.blur[1] > 0)
     p["sigma"] = cfg.blur[0] + (cfg.blur[1] - cfg.blur[0]) * rand()
     p["solarize"] = (rand() < cfg.solarize) & (view == 1)
-    share = slice(RANK * B // WORLD, (RANK + 1) * B // WORLD)
+    share = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
     return {name: value[..., share].flatten(-2) for name, value in p.items()}
 
 def apply_to(x, operation, mask, *factors):
@@ -590,7 +590,7 @@ class Net(nn.Module):
     def __init__(self, backbone, cfg):
         super().__init__()
         self.backbone, self.t_head = backbone, None
-        learn_gain = backbone.family == "vit"   # of its MLP-Head [released]
+        learn_gain = backbone.family == "vit"   # a CNN's MLP-Head keeps its gain at 1 [released]
         self.mlp_head = MLPHead(backbone.dim, cfg.out_dim, cfg.hidden_dim, cfg.bottleneck_dim, learn_gain)
         if "st" in cfg.losses or "ct" in cfg.losses:
             self.t_head = THead(backbone.dim, cfg.out_dim, cfg.t_dim, cfg.t_depth, cfg.t_heads,
@@ -615,11 +615,10 @@ def search_pairs(V, which="all"):
     return [(g, v) for g in range(2) for v in range(V) if v != g]   # [ours]: all that differ, as a and b do
 
 def search(t_head_, query, tokens_, pairs):
-    """t_s = t_(Z, Z_) of Algorithm 1, the cross-attention feature search (3.3, Fig. 3): a momentum T-Head
-    reads its tokens_ (2B, N, C) with queries (V, B, dim) of the other student, for sorted pairs (g, v) ->
-    (pairs, B, K)."""
+    """t_s = t_(Z, Z_) of Algorithm 1, the feature search (3.3, Fig. 3): momentum tokens_ (2B, N, C), queries
+    (V, B, dim) of the other student, sorted pairs (g, v) -> logits of what each finds (pairs, B, K)."""
     B, found = len(tokens_) // 2, []
-    for g in range(2):   # each query goes through the blocks with a copy of the tokens of its own
+    for g in range(2):   # each query goes through the blocks with its own copy of the tokens
         queries = [query[v] for searched, v in pairs if searched == g]
         if queries:
             found.append(t_head_(tokens_[g * B:(g + 1) * B], torch.cat(queries)))
@@ -632,8 +631,8 @@ def target(t, center=0.0, tau_=0.07):
     return ((t.detach().float() - center) / tau_).softmax(-1)
 
 def H(t, s, center=0.0, tau_=0.07, tau=0.1, pairs=None):
-    """H(t, s) of Algorithm 1 for momentum logits t (G, B, K) and a student's s (V, B, K): the mean, over the
-    batch and over the pairs (g, v) in which t[g] teaches s[v] (by default all global g and v that differ), of
+    """H(t, s) of Algorithm 1, for momentum logits t (G, B, K) and a student's s (V, B, K). In a pair (g, v)
+    t[g] teaches s[v]; by default all global g and v that differ are paired. The mean over pairs and images of
 
         -(target(t[g], center, tau_) * (s[v] / tau).log_softmax(-1)).sum(-1)"""
     return MultiCropH.apply(t, s, center, tau_, tau, pairs or search_pairs(len(s)))
@@ -657,7 +656,7 @@ class MultiCropH(torch.autograd.Function):
                 loss = loss + (sum_p[:, 0] * x.logsumexp(-1) - (p * x).sum(-1)).mean()
                 grad[v] = x.softmax(-1) * sum_p - p
         ctx.save_for_backward(grad)
-        ctx.parts = len(pairs) * s.shape[1] * tau   # by the two means, and x = s / tau
+        ctx.parts = len(pairs) * s.shape[1] * tau   # the means over pairs and images, and x = s / tau, divide
         return loss / len(pairs)
     @staticmethod
     def backward(ctx, grad_loss):
@@ -670,8 +669,8 @@ def cosine_schedule(step, steps, peak, end, warmup=0):
         return peak * step / warmup
     return end + (peak - end) * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
 
-# What the schedules say at a step: l, momentum of the momentum nets; tau_, temperature of their targets;
-# learning rates lr and weight decays wd, each a dict with "cnn" and "vit".
+# At a step: l, momentum of the momentum nets; tau_, temperature of their targets; lr and wd, learning rates
+# and weight decays, each a dict with "cnn" and "vit".
 Now = namedtuple("Now", "step epoch l tau_ lr wd")
 
 def schedule(cfg, step, per_epoch):
@@ -715,13 +714,13 @@ class Model:
             self.distributed = nn.parallel.DistributedDataParallel(self.net, gradient_as_bucket_view=True)
 
     def make_optimizers(self, device):
-        """An optimizer for each kind; a CNN's T-Head has its own, with the rate and the decay of ViTs."""
+        """SGD, AdamW or both. A CNN's T-Head has t_optimizer, with the rate and the decay of ViTs."""
         makers = dict(sgd=functools.partial(torch.optim.SGD, momentum=0.9, foreach=True),   # momentum: [DINO]
-                      adamw=functools.partial(torch.optim.AdamW, fused=device.type in ("cuda", "cpu")))
+                      adamw=functools.partial(torch.optim.AdamW, fused=device.type != "mps"))
         groups = dict(sgd={}, adamw={})   # each holds (family, decays) -> parameter group
         for name, p in self.net.named_parameters():
             family = "vit" if name.startswith("t_head.") else self.family
-            kind = getattr(self.cfg, f"{family}_optimizer" if family == self.family else "t_optimizer")
+            kind = self.cfg.t_optimizer if family != self.family else getattr(self.cfg, f"{family}_optimizer")
             if p.requires_grad:
                 group = dict(params=[], family=family, decays=p.dim() > 1)
                 groups[kind].setdefault((family, p.dim() > 1), group)["params"].append(p)
@@ -746,8 +745,8 @@ class Model:
         # Each gradient tensor is clipped by itself, so none slows another down [DINO], and on the device.
         if self.cfg.clip_grad:
             grads = [p.grad for p in self.params if p.grad is not None]
-            norms = torch._foreach_norm(grads)
-            torch._foreach_mul_(grads, [(self.cfg.clip_grad / (norm + 1e-6)).clamp_max(1) for norm in norms])
+            scales = (self.cfg.clip_grad / (torch.stack(torch._foreach_norm(grads)) + 1e-6)).clamp_max(1)
+            torch._foreach_mul_(grads, list(scales))
         for optimizer in self.optimizers:
             scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
@@ -766,7 +765,7 @@ class Model:
 
 def build_models(cfg, device):
     """-> [Model, Model]. Each has its own seed, so neither depends on its partner. Fills in the lambdas."""
-    sizes, backbones = [cfg.global_size, cfg.local_size] if cfg.local_crops else [cfg.global_size], []
+    backbones, sizes = [], [cfg.global_size, cfg.local_size] if cfg.local_crops else [cfg.global_size]
     for i in "12":
         torch.manual_seed(seed_of(cfg.seed, "backbone", i))
         arch, kwargs, file = [getattr(cfg, name + i) for name in ("arch", "model_kwargs", "init")]
@@ -783,13 +782,13 @@ def build_models(cfg, device):
 
 # ------------------------------------------------------------------------------------------------ Algorithm 1
 def train_step(model1, model2, x, cfg, now, scaler=None):
-    """One step of Algorithm 1 on the views x of make_views -> the losses by name, and the momentum logits.
-    Where it has two views a and b, x holds V = 2 + L, and H averages over the pairs of different ones. A loss
-    that --losses leaves out is zero. Further losses are added where loss1 and loss2 are."""
-    losses, zero = cfg.losses, torch.zeros((), device=x[0].device)
+    """One step of Algorithm 1 on the views x of make_views -> losses by name, momentum logits. H averages
+    over the pairs of different views; a loss that --losses leaves out is zero. A new one goes into LOSSES,
+    loss1, loss2 and named; loss1 must reach no weight of model 2, nor loss2 of model 1."""
+    losses, zero = cfg.losses, x[0].new_zeros(())
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     n1_, n2_, tau, tau_ = model1.n_, model2.n_, cfg.student_temp, now.tau_
-    pairs = sorted(search_pairs(2 + cfg.local_crops, cfg.search))   # as search answers them
+    pairs = search_pairs(2 + cfg.local_crops, cfg.search)   # sorted, as search answers them
     found_for = [(i, v) for i, (_, v) in enumerate(pairs)]   # what search i finds teaches view v
 
     with autocast(x[0].device, cfg.dtype):
@@ -801,13 +800,13 @@ def train_step(model1, model2, x, cfg, now, scaler=None):
             m2_, t2_, Z2_ = n2_(x[:1])
             # Cross-attention feature search (3.3). Algorithm 1 writes t1_(Z2, Z1_) and t2_(Z1, Z2_), where
             # t1_ is the T-Head, here n1_.t_head. No gradient reaches a query [released], of which the paper
-            # says nothing; so embed learns by st alone.
+            # says nothing; so embed learns from a model's own tokens alone, in st and in ct.
             if "ct" in losses:
                 t1_s = search(n1_.t_head, model2.net.t_head.query_of(Z2.pooled), Z1_.tokens[0], pairs)
                 t2_s = search(n2_.t_head, model1.net.t_head.query_of(Z1.pooled), Z2_.tokens[0], pairs)
 
-    # Self-distillation (3.2) through the MLP-Heads, eq. (2), and through the T-Heads, eq. (3). Without the
-    # latter the T-Heads that search would never learn (3.3).
+    # Self-distillation (3.2) through the MLP-Heads, eq. (2), and through the T-Heads, eq. (3). The paper adds
+    # the latter because ct alone would not train the T-Heads that search (3.3); here it would, by t1 and t2.
     loss_sm1 = H(m1_, m1, n1_.C_m, tau_, tau)
     loss_sm2 = H(m2_, m2, n2_.C_m, tau_, tau)
     loss_st1 = H(t1_, t1, n1_.C_t, tau_, tau) if "st" in losses else zero
@@ -961,7 +960,7 @@ def find_checkpoint(cfg, images):
             stop(f"{path}: of other images ({state['images'][0]}, now {len(images)}) or classes: give those")
         if said:
             say(f"resuming {path} with other settings: {'; '.join(said)}")
-    machines_own = ("out", "data", "data_root", "workers")
+    machines_own = "out data data_root workers".split()
     settings = [getattr(cfg, f.name) for f in fields(cfg) if f.name not in machines_own]
     mine = torch.tensor(seed_of(state and state["step"], fingerprint(images), settings))
     if sum_over_processes(mine) != WORLD * mine:
@@ -1015,12 +1014,12 @@ def train(cfg, models, images, val, state, device):
         values, logits = train_step(*models, x, cfg, now, scaler)
         window.append(values)
         step += 1
-        n, number = after_step(lines)   # a signal, which ends the run after a checkpoint
+        n, stopped = after_step(lines)   # which ends the run after a checkpoint
         unreadable = n if (step - 1) % per_epoch == 0 else unreadable + n   # of this epoch
         refuse_unreadable(unreadable, len(images))
         logging = step % cfg.log_every == 0 or step == steps
-        saving = number or step % (cfg.save_every or per_epoch) == 0 or step == steps
-        if logging or saving:   # only here the host waits for the device, and sees what is not finite
+        saving = stopped or step % (cfg.save_every or per_epoch) == 0 or step == steps
+        if logging or saving:   # only here the host waits for the device (in fp16 SGD's scaler does too)
             means = means_of(window)
             wrong = [name for name, value in means.items() if not math.isfinite(value)]
             if wrong:
@@ -1043,8 +1042,9 @@ def train(cfg, models, images, val, state, device):
         pause = time.time()
         if saving:
             save(cfg, models, step, scaler, images)
-        if number:
-            stop(f"stopped by {number.name} after step {step}; the same command goes on there", 128 + number)
+        if stopped:
+            sum_over_processes(torch.zeros(1))   # wait for RANK 0 to save: torchrun ends all when one ends
+            stop(f"stopped by {stopped.name} after step {step}; the same command goes on", 128 + stopped)
         if cfg.knn_every and step % (cfg.knn_every * per_epoch) == 0:
             knn1, knn2 = knn_accuracy([m.n_.backbone for m in models], images, val, cfg, device)
             log(cfg, dict(epoch=now.epoch, knn1=knn1, knn2=knn2))
@@ -1102,9 +1102,9 @@ def timm_call(backbone, file):
 def run(cfg):
     device = join_processes(cfg)
     images, val = get_images(cfg, "train"), None
-    say(f"{len(images):,} images in {len(getattr(images, 'classes', ()))} class folders")
+    say(f"{len(images):,} images, {len(getattr(images, 'classes', ()))} named classes")
     if len(images) < cfg.batch_size:
-        stop(f"--batch_size {cfg.batch_size} is more than the images: lower it")
+        stop(f"--batch_size {cfg.batch_size} is more than the {len(images)} images: lower it")
     if cfg.knn_every or cfg.demo:
         val = get_images(cfg, "val")
         refuse_unlike_classes(images, val, cfg.data)
