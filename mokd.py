@@ -43,7 +43,7 @@ changeable = functools.partial(flag, may_differ=True)
 @dataclass
 class Config:
     """Every setting with its source. Config() is the paper's recipe for ImageNet. A new line here is a new
-    flag with help, and a resumed run must have the same value."""
+    flag with help; a resumed run must have the same value, unless it is changeable."""
     # the two models (4)
     arch1: str = flag("resnet50", "backbone 1: resnet50, vit_small, ... or any timm model [4]")
     arch2: str = flag("vit_small", "backbone 2; it may equal backbone 1 [4]")
@@ -188,7 +188,7 @@ def say(text):
     if RANK == 0:
         print(text, flush=True)
 def warn(text):
-    print(text, file=sys.stderr, flush=True)
+    print(text, file=sys.stderr)
 
 def stop(message, code=2):
     """End the program with a sentence. Code 2: a wrong command; 1: a failed run, which each process says."""
@@ -911,9 +911,8 @@ def refuse_unlike_classes(train, val, data):
 
 # ------------------------------------------------------------------------------ checkpoints, log and training
 def write(value, path):
-    """torch.save to a temporary file, which is then renamed, so a file under its name is whole."""
     torch.save(value, path + ".tmp")
-    os.replace(path + ".tmp", path)
+    os.replace(path + ".tmp", path)   # so a file under its name is whole
 
 def save(cfg, models, step, scaler, images):
     """Write the momentum backbones under timm's names, then checkpoint.pth, all that resuming needs."""
@@ -993,11 +992,12 @@ def train(cfg, models, images, val, state, device):
     scaler, step = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16"), 0
     if state:
         for m in models:
-            saved = state[f"model{m.i}"]
+            saved = state.pop(f"model{m.i}")
             m.net.load_state_dict(saved["net"])
             m.n_.load_state_dict(saved["momentum_net"])
             for optimizer, own in zip(m.optimizers, saved["optimizers"]):
                 optimizer.load_state_dict(own)
+        del saved   # a checkpoint is large, and would stay in memory
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())   # fp32 has none
         step = state["step"]
         say(f"resumed {cfg.out}/checkpoint.pth at step {step}")
@@ -1014,7 +1014,7 @@ def train(cfg, models, images, val, state, device):
         values, logits = train_step(*models, x, cfg, now, scaler)
         window.append(values)
         step += 1
-        n, stopped = after_step(lines)   # which ends the run after a checkpoint
+        n, stopped = after_step(lines)   # a signal ends the run, after a checkpoint
         unreadable = n if (step - 1) % per_epoch == 0 else unreadable + n   # of this epoch
         refuse_unreadable(unreadable, len(images))
         logging = step % cfg.log_every == 0 or step == steps
