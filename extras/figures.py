@@ -210,15 +210,16 @@ def keep_attention(net, *more):
     return AttentionExtract(net, ["*attn_drop", *more], method="hook")
 
 def among_patches(attention, prefix):
-    """Attention (..., Q, N) to patches alone, without CLS and registers; a row sums to 1 again."""
+    """Attention (..., Q, N) to patches alone, without CLS and registers; a row sums to 1 again. In double,
+    because a trained head may pay its patches less than float32 can hold."""
     attention = attention[..., prefix:]
     return attention / attention.sum(-1, keepdim=True)
 
 @torch.no_grad()
 def reach_of_vit(backbone, x):
     """Images (n, 3, S, S) -> mean distances (n, layers, heads), those of uniform attention (layers)."""
-    extract, prefix, found = keep_attention(backbone.model), backbone.prefix_tokens, []
-    for part in x.split(16):
+    extract, prefix, found = keep_attention(backbone.model.double()), backbone.prefix_tokens, []
+    for part in x.double().split(16):
         layers = [among_patches(weights[:, :, prefix:], prefix) for weights in extract(part).values()]
         apart = distances(math.isqrt(layers[0].shape[-1]), x.shape[-1])
         found.append(torch.stack([mean_distance(weights, apart) for weights in layers], 1))
@@ -264,7 +265,7 @@ def reach(cfg, device):
 def last_block(backbone, x):
     """Attention to each patch (n, heads + 1, N), the last the mean of all heads, times uniform attention.
     The query is CLS where CLS is the model's feature; else it is the mean over all patches as queries."""
-    *_, weights = keep_attention(backbone.model)(x).values()
+    *_, weights = keep_attention(backbone.model.double())(x.double()).values()
     prefix = backbone.prefix_tokens
     queries = weights[:, :, :1] if backbone.cls else weights[:, :, prefix:]
     weights = among_patches(queries, prefix).mean(2)

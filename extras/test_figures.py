@@ -47,7 +47,7 @@ def test_known_attention_has_its_known_distance():
     to_the_right = torch.eye(4)[[1, 0, 3, 2]]
     assert figures.mean_distance(to_the_right, apart) == 16
 
-def sharp_vit(pool, **kwargs):
+def sharp_vit(pool, sharpness=0.5, **kwargs):
     """A ViT whose attention is far from uniform, so that mistakes show."""
     torch.manual_seed(0)
     backbone = mokd.Backbone("vit_tiny", dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2,
@@ -55,7 +55,7 @@ def sharp_vit(pool, **kwargs):
     with torch.no_grad():
         for name, p in backbone.named_parameters():
             if "qkv" in name or "pos_embed" in name:
-                p.add_(torch.randn(p.shape), alpha=0.5)
+                p.add_(torch.randn(p.shape), alpha=sharpness)
     return backbone.eval()
 
 def weights_of(backbone, x):
@@ -76,11 +76,19 @@ def test_a_vits_distances_equal_a_loop_over_its_weights(kwargs, prefix):
     backbone, x = sharp_vit("mean", **kwargs), torch.randn(18, 3, 32, 32)
     pixels, uniform = figures.reach_of_vit(backbone, x)
     assert pixels.shape == (18, 2, 2)
-    for layer, weights in enumerate(weights_of(backbone, x)):
+    for layer, weights in enumerate(weights_of(backbone, x.double())):
         own = weights[17, 1, prefix:, prefix:]
         own = own / own.sum(-1, keepdim=True)
         assert pixels[17, layer, 1].item() == pytest.approx(slow_distance(own, 4, 32), rel=1e-5)
         assert uniform[layer].item() == pytest.approx(slow_distance(torch.full((16, 16), 1 / 16), 4, 32))
+
+def test_heads_that_look_at_cls_alone_have_a_distance():
+    backbone, x = sharp_vit("mean", sharpness=3), torch.randn(18, 3, 32, 32)
+    share = weights_of(backbone, x)[-1][..., 1:].sum(-1)
+    assert share.min() == 0   # in float32
+    assert figures.last_block(sharp_vit("mean", sharpness=3), x).isfinite().all()
+    pixels, _ = figures.reach_of_vit(backbone, x)
+    assert pixels.isfinite().all()
 
 def test_a_cnns_distances_equal_a_loop_over_its_maps():
     torch.manual_seed(0)
@@ -98,7 +106,7 @@ def test_a_cnns_distances_equal_a_loop_over_its_maps():
 def test_maps_show_what_makes_the_models_feature(pool, queries):
     backbone, x = sharp_vit(pool), torch.randn(3, 3, 32, 32)
     shown = figures.last_block(backbone, x)
-    own = weights_of(backbone, x)[-1][:, :, queries, 1:]
+    own = weights_of(backbone, x.double())[-1][:, :, queries, 1:]
     heads = 16 * (own / own.sum(-1, keepdim=True)).mean(2)
     assert torch.allclose(shown[:, :2], heads, rtol=1e-4)
     assert torch.allclose(shown[:, 2], (heads[:, 0] + heads[:, 1]) / 2, rtol=1e-4)
