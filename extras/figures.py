@@ -210,8 +210,8 @@ def keep_attention(net, *more):
     return AttentionExtract(net, ["*attn_drop", *more], method="hook")
 
 def among_patches(attention, prefix):
-    """Attention (..., Q, N) to patches alone, without CLS and registers; a row sums to 1 again. In double,
-    because a trained head may pay its patches less than float32 can hold."""
+    """Attention (..., Q, N) to patches alone, without CLS and registers; a row sums to 1 again. It
+    must come in double, because a trained head may pay its patches less than float32 can hold."""
     attention = attention[..., prefix:]
     return attention / attention.sum(-1, keepdim=True)
 
