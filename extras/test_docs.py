@@ -1,4 +1,5 @@
-"""Every command in the documents is read by the program that it calls; README's run at small size.
+"""Every command in the documents is read by the program that it calls; README's run at small size. CIFAR-10's rows
+in RESULTS.md are what the committed logs say.
 
     python -m pytest -q extras/test_docs.py
 """
@@ -67,6 +68,17 @@ def test_every_command_is_read_by_its_program(file):
             PARSERS[program]([arg for arg in args if arg != "..."])
         except SystemExit as error:
             pytest.fail(f"{file}: {program} {' '.join(args)}: {error}")
+
+
+def test_rows_of_cifar_10_come_out_of_the_committed_logs(capsys):
+    results.main([f"{HERE}/logs/cifar10-{name}-*" for name in ("alone", "mokd", "ones")])
+    text = text_of("extras/RESULTS.md").replace("−", "-").replace("*", "")
+    rows = [line for line in capsys.readouterr().out.splitlines() if "cifar10" in line]
+    assert len(rows) == 6   # k-NN, then linear probing
+    for row in rows:
+        cells = row.strip("| ").split(" | ")[2:]   # of two models, and how far they differ from those alone
+        pairs = [" / ".join(cells[i:i + 2]) for i in range(0, len(cells), 2)]
+        assert f"| {' | '.join(pairs)} |" in text
 
 
 def test_every_flag_that_the_text_names_exists():
