@@ -61,7 +61,7 @@ def load_backbones(cfg):
         cfg.data_root = cfg.data_root or "data"
         cfg.image_size = cfg.image_size or 224
         torch.manual_seed(mokd.seed_of(cfg.seed, "backbone", ""))
-        backbone = mokd.Backbone(cfg.arch, cfg.model_kwargs, cfg.vit_pool, [cfg.image_size])
+        backbone = mokd.Backbone(cfg.arch, cfg.model_kwargs, cfg.vit_pool, cfg.image_size)
         if cfg.weights:
             mokd.load_weights(backbone, cfg.weights, "--weights")
         return {cfg.arch: backbone}
@@ -78,7 +78,7 @@ def load_backbones(cfg):
         cfg.image_size = cfg.image_size or run["global_size"]
         for i in "12" if cfg.model == "both" else cfg.model:
             arch, kwargs = run[f"arch{i}"], run[f"model_kwargs{i}"]
-            backbone = mokd.Backbone(arch, kwargs, run["vit_pool"], [cfg.image_size])
+            backbone = mokd.Backbone(arch, kwargs, run["vit_pool"], cfg.image_size)
             weights = state[f"model{i}"]["momentum_net" if cfg.net == "momentum" else "net"]
             own = {name[9:]: w for name, w in weights.items() if name.startswith("backbone.")}
             backbone.load_state_dict(own)

@@ -7,20 +7,20 @@ local features, which the other model's pooled feature can search.
 
     python mokd.py --demo                                                   # minutes on two cores, no data
     python mokd.py --data path/to/images --arch1 resnet18 --arch2 vit_tiny  # one process, any device
-    torchrun --nproc_per_node=8 mokd.py --arch1 resnet50 --arch2 vit_small  # the paper's ImageNet recipe
+    torchrun --nproc_per_node=8 mokd.py --arch1 resnet50 --arch2 vit_small  # the paper's pair on ImageNet
 
-The order is the paper's: settings (A.1), images and views (A.1), backbones, heads and search (3.1, 3.3, 3.4),
-losses (3.2, 3.3), schedules, the two models, Algorithm 1 (train_step), k-NN (A.2); then the training loop.
-The four k of A.2 are in eval_knn.py, linear probing in eval_linear.py.
+The file goes from the top down. The method: settings (A.1), train_step, which is Algorithm 1, losses (3.2,
+3.3), search (3.3), heads (3.4), backbones (3.1), the two models, schedules (A.1). What runs it: training
+loop, k-NN (A.2), views (A.1), images, log and checkpoints, processes and signals, command line, toy images,
+main. The four k of A.2 are in eval_knn.py, linear probing in eval_linear.py.
 
 Names are Algorithm 1's: m and t are logits of the MLP-Head and of the T-Head, Z is a representation. A
 trailing _ belongs to a momentum net, _s to a search. In shapes, B is the images of one process, V = 2 + L the
 views of an image (two global ones, then L local ones), K the logits of a head, C a backbone's channels, N its
 tokens. Sources stand in brackets: sections of the paper, [DINO], [released] for the authors' code, [ours].
 """
-import argparse, ast, copy, functools, hashlib, json, math, multiprocessing, os  # noqa: E401
-import signal, sys, threading, time, typing, zipfile  # noqa: E401
-from collections import namedtuple
+import argparse, ast, collections, copy, functools, hashlib, json, math, multiprocessing  # noqa: E401
+import os, signal, sys, threading, time, typing, zipfile  # noqa: E401
 from dataclasses import asdict, dataclass, field, fields
 
 import timm
@@ -35,23 +35,25 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.v2 import RandomResizedCrop, functional as TF
 
 # --------------------------------------------------------------------------------------------- settings (A.1)
-def flag(default, help, high=math.inf, choices=None, may_differ=False):
-    """One setting. Its numbers lie from 0 to high. One that may_differ can change when a run resumes."""
-    return field(default=default, metadata=dict(help=help, high=high, choices=choices, may_differ=may_differ))
-changeable = functools.partial(flag, may_differ=True)
+def flag(default, help, high=math.inf, choices=None, changeable=False):
+    """One setting. Its numbers lie from 0 to high. A changeable one may differ when a run resumes."""
+    return field(default=default, metadata=dict(help=help, high=high, choices=choices, changeable=changeable))
+
+changeable = functools.partial(flag, changeable=True)
 
 @dataclass
 class Config:
-    """Every setting with its source. Config() is the paper's recipe for ImageNet. A new line here is a new
-    flag with help; a resumed run must have the same value, unless it is changeable."""
-    # the two models (4)
-    arch1: str = flag("resnet50", "backbone 1: resnet50, vit_small, ... or any timm model [4]")
-    arch2: str = flag("vit_small", "backbone 2; it may equal backbone 1 [4]")
+    """Every setting with its source. Config() is what the paper says for ImageNet, completed where it is
+    silent. A new line here is a new flag with help."""
+    # the two models (Sec. 4)
+    arch1: str = flag("resnet50", "backbone 1: resnet50, vit_small, ... or any timm model [Sec. 4]")
+    arch2: str = flag("vit_small", "backbone 2; it may equal backbone 1 [Sec. 4]")
     model_kwargs1: dict = flag(None, "arguments of timm.create_model for backbone 1, as patch_size=8")
     model_kwargs2: dict = flag(None, "arguments of timm.create_model for backbone 2")
     init1: str = flag("", "first weights of backbone 1: a model1.pth, or a file of timm, DINO, MoCo")
     init2: str = flag("", "first weights of backbone 2")
-    vit_pool: str = flag("mean", "a ViT's feature: patch mean [3.2], CLS [released]", choices=("mean", "cls"))
+    vit_pool: str = flag("mean", "a ViT's feature (3.2: of tokens): patch mean [ours], CLS [released]",
+                         choices=("mean", "cls"))
     drop_path: float = flag(0.1, "stochastic depth of a student ViT [DINO]", 0.9)
     # heads (3.4)
     out_dim: int = flag(65536, "K, logits of a head [3.4]; use fewer for few images")
@@ -74,7 +76,7 @@ class Config:
     teacher_temp_start: float = flag(0.04, "tau' at first [A.1]; DINO's warmup_teacher_temp")
     teacher_temp_epochs: int = flag(30, "epochs in which tau' rises [A.1]")
     center_momentum: float = flag(0.9, "momentum of the centers [DINO]; lower it for few steps", 1)
-    ema: float = flag(0.996, "l, rises to 1 [DINO's momentum_teacher]; lower it for few steps", 1)
+    ema: float = flag(0.996, "l, rises to 1 [DINO: more for small batches]; lower it for few steps", 1)
     # views (A.1)
     global_size: int = flag(224, "size of the two global views in pixels [A.1]")
     global_scale: tuple[float, float] = flag((0.25, 1.0), "part of the image in a global view [A.1]", 1)
@@ -88,14 +90,14 @@ class Config:
     # data, optimization
     data: str = changeable("imagenet", "image folder, torchvision data set (cifar10, ...), or toy")
     data_root: str = changeable("data", "folder to which torchvision data sets are downloaded")
-    workers: int = changeable(None, "loaders of each process; unset: its cores, at most 16 (1 without a GPU)")
-    epochs: int = flag(100, "epochs [4]")
-    batch_size: int = flag(256, "images of a step over all processes [4, A.1]")
+    workers: int = changeable(None, "loaders of each process; unset: 1, on a GPU a share of the cores to 16")
+    epochs: int = flag(100, "epochs [Sec. 4]")
+    batch_size: int = flag(256, "images of a step over all processes [Sec. 4, A.1]")
     warmup_epochs: int = changeable(10, "epochs in which rates rise [A.1]; raise it if losses rise")
     cnn_optimizer: str = flag("sgd", "for CNNs, the nets with batch norm [3.4]", choices=("sgd", "adamw"))
     vit_optimizer: str = flag("adamw", "for ViTs, the nets without [3.4]", choices=("sgd", "adamw"))
-    t_optimizer: str = flag("adamw", "of a CNN's T-Head, with vit_lr and vit_wd [ours]; sgd by 3.4's rule for"
-                            " CNNs and in [released]", choices=("sgd", "adamw"))
+    t_optimizer: str = flag("adamw", "of a CNN's T-Head: adamw [ours], or sgd by 3.4's rule for CNNs; with"
+                            " vit_lr and vit_wd [released]", choices=("sgd", "adamw"))
     cnn_lr: float = changeable(0.1, "peak rate of CNNs for batches of 256 [A.1]; lower it if losses rise")
     vit_lr: float = changeable(3e-4, "peak rate of ViTs [A.1] and T-Heads for batches of 256; see cnn_lr")
     cnn_lr_end: float = changeable(1e-6, "last rate of CNNs [DINO]; 0.0048 [released]")
@@ -116,69 +118,835 @@ class Config:
     knn_every: int = changeable(0, "epochs between k-NN evaluations of the momentum nets; 0: none")
     demo: bool = changeable(False, "train a small pair on toy images, with k-NN before and after")
 
-# --demo stands for these flags. Those of a backbone are left out where another --arch is given.
-DEMO = """--data toy --out runs/demo --epochs 14 --batch_size 64 --warmup_epochs 1 --freeze_last_layer 0
-    --out_dim 256 --hidden_dim 256 --bottleneck_dim 32 --t_dim 48 --t_depth 1 --t_heads 3 --t_norm
-    --global_size 24 --global_scale 0.5 1 --local_size 12 --local_scale 0.3 0.8 --local_crops 2
-    --jitter 0.4 0.4 0.4 0.2 --blur 0 0 --solarize 0 --drop_path 0 --cnn_optimizer adamw --cnn_lr 0.01
-    --vit_lr 0.01 --ema 0.99 --center_momentum 0.5 --teacher_temp 0.015 --teacher_temp_start 0.015"""
-DEMO1 = ("--arch1 resnet18 --model_kwargs1 layers=1,1,1,1 channels=16,32,48,64 stem_type=deep stem_width=8 "
-         "output_stride=8")
-DEMO2 = "--arch2 vit_tiny --model_kwargs2 img_size=24 patch_size=4 embed_dim=64 depth=3 num_heads=2"
-LOSSES = ("sm", "st", "cm", "ct")   # in the order of eq. (9)
+# ------------------------------------------------------------------------------------------------ Algorithm 1
+def train_step(model1, model2, x, cfg, now, scaler=None):
+    """One step of Algorithm 1 on views x (make_views) -> losses by name, targets by head. A new loss goes
+    into loss1, loss2 and named. loss1 must reach no weight of model 2, nor loss2 of model 1, because each has
+    a backward pass of its own, and under DDP a net takes part in one."""
+    scaler = scaler or torch.amp.GradScaler(enabled=False)
+    losses = cfg.losses.split(",")   # one that is left out is 0
+    n1, n2, n1_, n2_ = model1.n, model2.n, model1.n_, model2.n_
+    tau, tau_ = cfg.student_temp, now.tau_
+    # Pairs (g, v): view g of a momentum net teaches view v of a student; view v of a student searches view g
+    # of a momentum net. What the i-th search finds teaches the view v that searched.
+    teaches = search_pairs(2 + cfg.local_crops)
+    searches = search_pairs(2 + cfg.local_crops, cfg.search)
+    found_teaches = [(i, v) for i, (g, v) in enumerate(searches)]
 
-def number(kind, high, text):
-    if not 0 <= kind(text) <= high:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to {high}")
-    return kind(text)
+    with autocast(x[0].device, cfg.dtype):
+        # Students see all views. Each draws its stochastic depth by itself, whatever the other draws.
+        reseed(cfg.seed, "stochastic depth", 1, now.step, RANK)
+        m1, t1, Z1 = n1(x)   # m1, t1: (V, B, K)
+        reseed(cfg.seed, "stochastic depth", 2, now.step, RANK)
+        m2, t2, Z2 = n2(x)
+        with torch.no_grad():
+            global_views = x[:1]   # one tensor holds both
+            m1_, t1_, Z1_ = n1_(global_views)   # m1_, t1_: (2, B, K)
+            m2_, t2_, Z2_ = n2_(global_views)
+            # Feature search (3.3): t1_(Z2, Z1_) and t2_(Z1, Z2_) of Algorithm 1, where t1_ is n1_.t_head. No
+            # gradient reaches a query [released], of which the paper says nothing. So a T-Head's embed
+            # learns from its own model's tokens alone, in st and in ct.
+            if "ct" in losses:
+                query1 = model1.net.t_head.query_of(Z1.pooled)   # (V, B, t_dim)
+                query2 = model2.net.t_head.query_of(Z2.pooled)
+                t1_s = search(n1_.t_head, query2, Z1_.tokens[0], searches)   # (searches, B, K)
+                t2_s = search(n2_.t_head, query1, Z2_.tokens[0], searches)
 
-def key_value(text):
-    """'channels=16,32' -> ('channels', (16, 32)). A value that is no Python literal stays a string."""
-    key, value = text.split("=", 1)
+    # Eq. (1), in fp32: the targets (2, B, K), and of the students the logarithms that H takes, V times (B, K)
+    p_m1_, p_t1_ = target(m1_, n1_.C_m, tau_), target(t1_, n1_.C_t, tau_)
+    p_m2_, p_t2_ = target(m2_, n2_.C_m, tau_), target(t2_, n2_.C_t, tau_)
+    log_m1, log_t1 = log_softmax(m1, tau), log_softmax(t1, tau)
+    log_m2, log_t2 = log_softmax(m2, tau), log_softmax(t2, tau)
+    if "ct" in losses:
+        p_t1_s = target(t1_s, n1_.C_t * cfg.search_center, tau_)   # (searches, B, K)
+        p_t2_s = target(t2_s, n2_.C_t * cfg.search_center, tau_)
+
+    # Self-distillation (3.2) through the MLP-Heads, eq. (2), and through the T-Heads, eq. (3). The paper adds
+    # the latter because ct alone would never update the T-Heads that search; its own ct does, through t1.
+    loss_sm1 = H(p_m1_, log_m1, teaches)
+    loss_sm2 = H(p_m2_, log_m2, teaches)
+    loss_st1 = H(p_t1_, log_t1, teaches) if "st" in losses else 0.0
+    loss_st2 = H(p_t2_, log_t2, teaches) if "st" in losses else 0.0
+
+    # Cross-distillation (3.3) through the MLP-Heads, eq. (5), and through the search, eq. (7). Algorithm 1
+    # misprints loss_ct as loss_it here.
+    loss_cm1 = H(p_m2_, log_m1, teaches) if "cm" in losses else 0.0
+    loss_cm2 = H(p_m1_, log_m2, teaches) if "cm" in losses else 0.0
+    loss_ct1 = H(p_t2_s, log_t1, found_teaches) if "ct" in losses else 0.0
+    loss_ct2 = H(p_t1_s, log_t2, found_teaches) if "ct" in losses else 0.0
+
+    # Eq. (9): the sum of self-distillation, eq. (4), and lambda times that of cross-distillation, eq. (8)
+    loss1 = (loss_sm1 + loss_st1) + cfg.lambda1 * (loss_cm1 + loss_ct1)
+    loss2 = (loss_sm2 + loss_st2) + cfg.lambda2 * (loss_cm2 + loss_ct2)
+
+    scaler.scale(loss1).backward()
+    scaler.scale(loss2).backward()
+    model1.update(now, scaler)
+    model2.update(now, scaler)
+    scaler.update()
+
+    # n_.params = l * n_.params + (1 - l) * n.params, where the paper's print has n.params twice
+    model1.update_momentum_net(now.l)
+    model2.update_momentum_net(now.l)
+
+    # DINO's centering (A.1), which Algorithm 1 leaves out. Outputs of the search take no part.
+    model1.update_centers(m1_, t1_)
+    model2.update_centers(m2_, t2_)
+    named = dict(loss1=loss1, sm1=loss_sm1, st1=loss_st1, cm1=loss_cm1, ct1=loss_ct1,
+                 loss2=loss2, sm2=loss_sm2, st2=loss_st2, cm2=loss_cm2, ct2=loss_ct2)
+    named = {name: loss.detach() for name, loss in named.items() if torch.is_tensor(loss)}
+    return named, dict(m1=p_m1_, t1=p_t1_, m2=p_m2_, t2=p_t2_)
+
+# ------------------------------------------------------------------------------------------ losses (3.2, 3.3)
+def H(t, log_s, pairs):
+    """H(t, s) of Algorithm 1, the cross entropy, as a mean over pairs (i, v): target t[i] (B, K) teaches view
+    v of a student, log_s[v] (B, K)."""
+    losses = [-(t[i] * log_s[v]).sum(dim=1).mean() for i, v in pairs]
+    return sum(losses) / len(losses)
+
+def log_softmax(s, tau):
+    """Student logits (V, B, K) -> for each view the logarithm of eq. (1), (B, K), which may not be taken of a
+    softmax: that can be 0. Without a T-Head its logits, and what follows from them, are None."""
+    return None if s is None else (s.float() / tau).log_softmax(-1).unbind()
+
+def target(t, center, tau_):
+    """Momentum logits -> targets, without gradient: eq. (1) with tau', after centering. That and the low tau'
+    (sharpening) are DINO's way against collapse, which 3.2 calls whitening."""
+    return None if t is None else ((t.detach().float() - center) / tau_).softmax(-1)
+
+# ----------------------------------------------------------------------------------------------- search (3.3)
+def search_pairs(V, which="all"):
+    """Pairs (g, v) of a momentum net's global view and another view of a student, which searches it, sorted by
+    g. Algorithm 1 has two views, and so the pairs of "global" alone."""
+    if which == "global":
+        return [(0, 1), (1, 0)]
+    if which == "local":    # [released]
+        return [(0, v) for v in range(2, V)]
+    return [(g, v) for g in range(2) for v in range(V) if v != g]   # [ours]: all that differ
+
+def search(t_head_, query, tokens_, pairs):
+    """t_s = t_(Z, Z_) of Algorithm 1, the feature search (3.3, Fig. 3): queries (V, B, dim) of one student,
+    tokens_ (2B, N, C) of the other's momentum net, sorted pairs (g, v) -> logits (pairs, B, K)."""
+    found = []
+    for g, searched in enumerate(tokens_.chunk(2)):   # the tokens of global view g
+        queries = [query[v] for of, v in pairs if of == g]
+        if queries:
+            found.append(t_head_(searched, torch.cat(queries)))
+    return torch.cat(found).unflatten(0, (len(pairs), -1))
+
+# ------------------------------------------------------------------------------------------------ heads (3.4)
+def last_layer(in_dim, out_dim, learn_gain=True):
+    """gain * direction / |direction|, linear [DINO]; without learn_gain the gain is 1 (norm_last_layer)."""
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(in_dim, out_dim, bias=False))
+    nn.init.ones_(layer.parametrizations.weight.original0).requires_grad_(learn_gain)   # the gain
+    return layer
+
+def init_linear(module):
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+class MLPHead(nn.Module):
+    """Pooled (..., C) -> logits (..., K), by four linear layers (3.4), with DINO's widths and L2 norm."""
+    def __init__(self, in_dim, out_dim, hidden_dim=2048, bottleneck_dim=256, learn_gain=True):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, hidden_dim),
+                                 nn.GELU(), nn.Linear(hidden_dim, bottleneck_dim)).apply(init_linear)
+        self.last = last_layer(bottleneck_dim, out_dim, learn_gain)
+
+    def forward(self, x):
+        return self.last(F.normalize(self.mlp(x), dim=-1))
+
+class THead(nn.Module):
+    """Local features (B, N, C) -> logits (B, K), by ViT blocks and an FC layer (3.4). With a query it is the
+    feature search of Fig. 3. num_tokens is N of a global view."""
+    def __init__(self, in_dim, out_dim, dim=384, depth=3, num_heads=6, num_tokens=49, l2_normalize=False):
+        super().__init__()
+        layer_norm = functools.partial(nn.LayerNorm, eps=1e-6)
+        # The 1x1 convolution from C channels to dim. It maps queries and tokens, so that both models' meet at
+        # one width, where eq. (6) brings a query to the C of the other model.
+        self.embed = nn.Linear(in_dim, dim) if in_dim != dim else nn.Identity()
+        # Learned positions, the last LayerNorm and weight norm in the last layer are [released].
+        self.pos = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, num_tokens, dim), std=0.02))
+        blocks = [Block(dim, num_heads, qkv_bias=True, norm_layer=layer_norm) for _ in range(depth)]
+        self.blocks = nn.Sequential(*blocks).apply(init_linear)
+        self.norm, self.l2_normalize = layer_norm(dim), l2_normalize
+        self.last = last_layer(dim, out_dim)
+
+    def query_of(self, pooled):
+        """z = Conv1x1(GAP(Z)) of eq. (6): pooled feature (..., C) -> query (..., dim)."""
+        return self.embed(pooled)
+
+    def forward(self, Z, query=None):
+        """Tokens (B, N, C) -> logits (B, K). With n queries for each image, (nB, dim), where rows 0 to B - 1
+        are query 0 of all images -> (nB, K), in the same order."""
+        side = math.isqrt(Z.shape[1])   # positions are resized bicubically, not antialiased [released]
+        pos = timm.layers.resample_abs_pos_embed(self.pos, [side, side], num_prefix_tokens=0, antialias=False)
+        x = self.embed(Z) + pos
+        if query is not None:   # the concatenation of eq. (6). A query has no position, and its own tokens
+            x = torch.cat([query[:, None], x.repeat(len(query) // len(x), 1, 1)], 1)
+        x = self.norm(self.blocks(x))
+        x = x.mean(1) if query is None else x[:, 1:].mean(1)   # without the query (Fig. 3)
+        return self.last(F.normalize(x, dim=-1) if self.l2_normalize else x)
+
+# Z of Algorithm 1: pooled features by view, tokens by size of view. ResNet-50's are (10, B, 2048) and
+# [(2B, 49, 2048), (8B, 9, 2048)].
+Representation = collections.namedtuple("Representation", "pooled tokens")
+
+class Net(nn.Module):
+    """[m, t, Z] = n(x) of Algorithm 1: a backbone and its two heads. Without st and ct there is no T-Head."""
+    def __init__(self, backbone, cfg):
+        super().__init__()
+        self.backbone = backbone
+        learn_gain = backbone.family == "vit"   # a CNN's MLP-Head keeps its gain at 1 [released]
+        self.mlp_head = MLPHead(backbone.dim, cfg.out_dim, cfg.hidden_dim, cfg.bottleneck_dim, learn_gain)
+        self.t_head = None
+        if {"st", "ct"} & set(cfg.losses.split(",")):
+            self.t_head = THead(backbone.dim, cfg.out_dim, cfg.t_dim, cfg.t_depth, cfg.t_heads,
+                                backbone.num_tokens, cfg.t_norm)
+
+    def forward(self, x):
+        """Views (make_views) -> m (V, B, K), t (V, B, K) or None, Representation."""
+        B = len(x[0]) // 2
+        pooled, tokens = zip(*[self.backbone(views) for views in x])
+        Z = Representation(torch.cat(pooled).unflatten(0, (-1, B)), tokens)
+        t = None
+        if self.t_head is not None:
+            t = torch.cat([self.t_head(of_a_size) for of_a_size in tokens]).unflatten(0, (-1, B))
+        return self.mlp_head(Z.pooled), t, Z
+
+# -------------------------------------------------------------------------------------------- backbones (3.1)
+class Backbone(nn.Module):
+    """A timm model: images (B, 3, S, S) -> pooled (B, C), tokens (B, N, C). Tokens are a CNN's last map or a
+    ViT's patches; pooled is their mean, or a ViT's CLS. family is "cnn" for a net with batch norm, else "vit";
+    dim is C, num_tokens N of an image of `size` pixels."""
+    def __init__(self, name, kwargs=None, pool="mean", size=224, drop_path=0.0):
+        super().__init__()
+        if name in ("vit_tiny", "vit_small", "vit_base"):   # the paper's short names
+            name += "_patch16_224"
+        self.timm_name, self.timm_kwargs = name, kwargs or {}
+        self.model = create_model(name, self.timm_kwargs, drop_path)
+        self.family = "vit"
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules()):
+            self.family = "cnn"
+            no_drop_path(self.model)
+        self.prefix_tokens = getattr(self.model, "num_prefix_tokens", 0)   # CLS and registers
+        self.cls = pool == "cls" and getattr(self.model, "cls_token", None) is not None
+        self.channels_last = getattr(self.model, "output_fmt", "") == "NHWC"
+        pooled, tokens = self.eval()(torch.zeros(1, 3, size, size))
+        self.num_tokens, self.dim = tokens.shape[1:]
+        # Freeze what only a classifier would use: it gets no gradient here, and DDP must know.
+        parameters = list(self.train().parameters())
+        gradients = torch.autograd.grad(pooled.sum() + tokens.sum(), parameters, allow_unused=True)
+        for p, gradient in zip(parameters, gradients):
+            p.requires_grad_(gradient is not None)
+
+    def forward(self, x):
+        y = self.model.forward_features(x)
+        if y.dim() == 4:   # a map
+            y = y.flatten(1, 2) if self.channels_last else y.flatten(2).mT
+        tokens = y[:, self.prefix_tokens:]
+        return y[:, 0] if self.cls else tokens.mean(1), tokens
+
+def create_model(name, kwargs, drop_path=0.0):
+    """timm.create_model, for views of several sizes. Of our options a model gets those that it knows."""
+    options = dict(dynamic_img_size=True, strict_img_size=False, drop_path_rate=drop_path)
+    options["zero_init_last"] = False   # ResNets start as torchvision's, not as timm's [ours]
+    while True:
+        try:
+            return timm.create_model(name, num_classes=0, **(options | kwargs))
+        except TypeError as error:   # as "got an unexpected keyword argument 'dynamic_img_size'"
+            unknown = [option for option in options.keys() - kwargs.keys() if f"'{option}'" in str(error)]
+            if not unknown:
+                raise
+            del options[unknown[0]]
+
+def no_drop_path(net):
+    for m in net.modules():
+        if isinstance(m, timm.layers.DropPath):
+            m.drop_prob = 0.0
+
+def load_weights(backbone, file, flag):
+    """Fill a backbone from a file of timm, torchvision, DINO, MoCo, the released code, or ours."""
+    torch.serialization.add_safe_globals([argparse.Namespace])   # DINO's files hold their flags
+    theirs = torch.load(file, map_location="cpu", weights_only=True)
+    for key in (f"teacher_{backbone.family}", "teacher", "state_dict", "model"):
+        if isinstance(theirs.get(key), dict):
+            theirs = theirs[key]
+    # Our "conv1.weight" may be "module.base_encoder.conv1.weight" and "module.momentum_encoder.conv1.weight"
+    # there. Find these prefixes, and try a momentum net's first.
+    used = [name for name, p in backbone.model.named_parameters() if p.requires_grad]
+    prefixes = [name.removesuffix(used[0]) for name in theirs if f".{name}".endswith(f".{used[0]}")]
+    for prefix in sorted(prefixes, key=lambda prefix: "momentum" not in prefix):
+        state = {name.removeprefix(prefix): w for name, w in theirs.items() if name.startswith(prefix)}
+        if state.keys() >= set(used):
+            return backbone.model.load_state_dict(state, strict=False)
+    stop(f"{flag} {file}: lacks weights of {backbone.timm_name}; give its state dict, such as model1.pth")
+
+# ------------------------------------------------------------------- the two models: what each has of its own
+class Model:
+    """A student, its momentum net n_, which holds the centers C_m, C_t of its two heads, and the student's
+    optimizers. net is the student itself, n what Algorithm 1 calls, which DDP wraps."""
+    def __init__(self, cfg, i, backbone, device):
+        self.cfg, self.i, self.family = cfg, i, backbone.family
+        # n_.params = n.params, the first line of Algorithm 1; stochastic depth is for the student alone.
+        reseed(cfg.seed, "heads", i)
+        self.net = Net(backbone, cfg)
+        self.n_ = copy.deepcopy(self.net).requires_grad_(False)
+        no_drop_path(self.n_)
+        if cfg.grad_checkpointing:   # it updates student batch norms' statistics twice; no step reads those
+            backbone.model.set_grad_checkpointing()
+        # Both change in place before there are optimizers, because these keep the tensors they are given.
+        for net in (self.net, self.n_):
+            net.to(device)
+            net.to(memory_format=torch.channels_last)   # to convolve faster
+            if device.type == "cuda" and WORLD > 1:   # [DINO]; torch has none for the CPU
+                timm.layers.convert_sync_batchnorm(net)
+            if cfg.compile:
+                net.compile(dynamic=False)
+        for name in ("C_m", "C_t"):   # buffers, so they are saved with the net
+            self.n_.register_buffer(name, torch.zeros(1, cfg.out_dim, device=device))
+        self.params = list(self.net.parameters())
+        self.params_ = list(self.n_.parameters())
+        self.optimizers = self.make_optimizers()
+        self.n = self.net
+        if WORLD > 1:
+            self.n = nn.parallel.DistributedDataParallel(self.net, gradient_as_bucket_view=True)
+
+    def make_optimizers(self):
+        """SGD, AdamW or both. A CNN's T-Head has t_optimizer, with the rate and the decay of ViTs."""
+        alike = collections.defaultdict(list)   # parameters with one optimizer, rate and decay
+        for name, p in self.net.named_parameters():
+            family, kind = self.family, getattr(self.cfg, f"{self.family}_optimizer")
+            if family == "cnn" and name.startswith("t_head."):
+                family, kind = "vit", self.cfg.t_optimizer
+            if p.requires_grad:
+                alike[kind, family, p.dim() > 1].append(p)
+        groups = dict(sgd=[], adamw=[])
+        for (kind, family, decays), params in alike.items():
+            groups[kind].append(dict(params=params, family=family, decays=decays))
+        makers = dict(sgd=functools.partial(torch.optim.SGD, momentum=0.9, foreach=True),   # momentum: [DINO]
+                      adamw=functools.partial(torch.optim.AdamW, fused=True))
+        return [makers[kind](of_kind, lr=0.0) for kind, of_kind in groups.items() if of_kind]
+
+    def update(self, now, scaler):
+        # The last layers are frozen in the first epochs, which helps training to start [DINO].
+        if now.epoch < self.cfg.freeze_last_layer:
+            for name, p in self.net.named_parameters():
+                p.grad = None if ".last." in name else p.grad
+        for optimizer in self.optimizers:
+            scaler.unscale_(optimizer)   # fp16 had raised the gradients
+            for group in optimizer.param_groups:
+                group["lr"] = now.lr[group["family"]]
+                group["weight_decay"] = now.wd[group["family"]] if group["decays"] else 0.0
+        # Each gradient tensor is clipped by itself, so none slows another down [DINO], and on the device.
+        if self.cfg.clip_grad:
+            grads = [p.grad for p in self.params if p.grad is not None]
+            norms = torch.stack(torch._foreach_norm(grads))
+            scales = (self.cfg.clip_grad / (norms + 1e-6)).clamp_max(1)
+            torch._foreach_mul_(grads, list(scales))
+        for optimizer in self.optimizers:
+            scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def update_momentum_net(self, l):
+        """n_.params = l * n_.params + (1 - l) * n.params. Batch-norm statistics are n_'s own [DINO]."""
+        torch._foreach_lerp_(self.params_, self.params, 1 - l)   # n_ + (1 - l) (n - n_), which is the same
+
+    def update_centers(self, m_, t_):
+        """C = c C + (1 - c) mean of the momentum logits over global views, batch and processes [DINO]."""
+        for C, logits in ((self.n_.C_m, m_), (self.n_.C_t, t_)):
+            if logits is not None:
+                mean = sum_over_processes(logits.float().mean((0, 1))) / WORLD
+                C.lerp_(mean, 1 - self.cfg.center_momentum)
+
+def build_models(cfg, device):
+    """-> [Model, Model]. Each has its own seed, so neither depends on its partner. Fills in the lambdas."""
+    backbones = []
+    for i in "12":
+        reseed(cfg.seed, "backbone", i)
+        arch, kwargs = getattr(cfg, f"arch{i}"), getattr(cfg, f"model_kwargs{i}")
+        backbones.append(Backbone(arch, kwargs, cfg.vit_pool, cfg.global_size, cfg.drop_path))
+        file = getattr(cfg, f"init{i}")
+        if file:
+            load_weights(backbones[-1], file, f"--init{i}")
+    # The larger backbone has lambda 1, the smaller 0.1; where they are equal, both have 1 (4.5, A.1).
+    size1, size2 = [sum(p.numel() for p in backbone.parameters()) for backbone in backbones]
+    if cfg.lambda1 is None:
+        cfg.lambda1 = 0.1 if size1 < size2 else 1.0
+    if cfg.lambda2 is None:
+        cfg.lambda2 = 0.1 if size2 < size1 else 1.0
+    return [Model(cfg, i, backbone, device) for i, backbone in enumerate(backbones, 1)]
+
+# -------------------------------------------------------------------------------------------- schedules (A.1)
+def cosine_schedule(step, steps, peak, end, warmup=0):
+    """For `warmup` steps a straight line from 0 to peak; then half a cosine to end, reached at `steps`."""
+    if step < warmup:
+        return peak * step / warmup
+    return end + (peak - end) * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
+
+# At a step: l, momentum of the momentum nets; tau_, temperature of their targets; lr and wd, learning rates
+# and weight decays, each a dict with "cnn" and "vit".
+Now = collections.namedtuple("Now", "step epoch l tau_ lr wd")
+
+def schedule(cfg, step, per_epoch):
+    epoch, steps, warmup = step // per_epoch, cfg.epochs * per_epoch, cfg.warmup_epochs * per_epoch
+    scale = cfg.batch_size / 256   # rates are given for 256 images [DINO]
+    lr = dict(cnn=cosine_schedule(step, steps, cfg.cnn_lr * scale, cfg.cnn_lr_end, warmup),
+              vit=cosine_schedule(step, steps, cfg.vit_lr * scale, cfg.vit_lr_end, warmup))
+    wd_end = cfg.vit_wd if cfg.wd_end is None else cfg.wd_end
+    wd = dict(cnn=cfg.cnn_wd, vit=cosine_schedule(step, steps, cfg.vit_wd, wd_end))
+    last = cfg.teacher_temp_epochs - 1   # of the epochs in which tau' rises, which count from 0
+    tau_ = cfg.teacher_temp
+    if epoch < last:
+        tau_ = cfg.teacher_temp_start + (cfg.teacher_temp - cfg.teacher_temp_start) * epoch / last
+    return Now(step, epoch, cosine_schedule(step, steps, cfg.ema, 1.0), tau_, lr, wd)
+
+# ------------ here the paper's method ends, but for augment(x), which is make_views below; the training loop
+def train(cfg, models, images, val, state, device):
+    """Train to the end, from the checkpoint `state` if there is one. A signal ends it after a checkpoint."""
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16")
+    step = resume(cfg, models, scaler, state) if state else 0
+    per_epoch = len(images) // cfg.batch_size
+    steps = cfg.epochs * per_epoch
+    unreadable = 0   # images in this epoch
+    window, start = [], time.time()   # losses of the steps since the last log line, and when they began
+    catch_signals()
+    keys = batches(len(images), cfg, step)
+    for crops, lines in make_loader(MultiCrop(images, cfg), device, cfg.workers, batch_sampler=keys):
+        now = schedule(cfg, step, per_epoch)
+        x = make_views(crops, cfg, device, step)
+        losses, targets = train_step(*models, x, cfg, now, scaler)
+        window.append(losses)
+        if step % per_epoch == 0:
+            unreadable = 0
+        step += 1
+
+        # What does this step end with? Only where it logs or saves does the host wait for the device (in fp16
+        # SGD's scaler does too).
+        n, stopped = after_step(lines)
+        unreadable += n
+        refuse_unreadable(unreadable, len(images))
+        logging = step % cfg.log_every == 0 or step == steps
+        saving = stopped or step % (cfg.save_every or per_epoch) == 0 or step == steps
+        if logging or saving:
+            means = means_of(window)
+            wrong = [name for name, value in means.items() if not math.isfinite(value)]
+            if wrong:
+                stop(f"step {step}: {', '.join(wrong)} not finite: lower the rates, or use --dtype fp32", 1)
+        if logging:
+            speed = cfg.batch_size * len(window) / (time.time() - start)
+            log_line(cfg, models, now, steps, speed, means, target_statistics(targets))
+            window, start = [], time.time()
+        pause = time.time()
+        if saving:
+            save(cfg, models, step, scaler, images)
+        if stopped:
+            wait_for_all()   # for RANK 0 to save: torchrun ends all when one ends
+            stop(f"stopped by {stopped.name} after step {step}; the same command goes on", 128 + stopped)
+        if cfg.knn_every and step % (cfg.knn_every * per_epoch) == 0:
+            knn1, knn2 = knn_accuracy([m.n_.backbone for m in models], images, val, cfg, device)
+            log(cfg, dict(epoch=now.epoch, knn1=knn1, knn2=knn2))
+            say(f"k-NN top-1 after epoch {now.epoch}: {knn1:.1f} % and {knn2:.1f} %")
+        start += time.time() - pause   # so images/s count neither checkpoints nor k-NN
+
+def log_line(cfg, models, now, steps, speed, losses, statistics):
+    """Print a line about the step that ended, and append it to log.jsonl."""
+    step, images_left = now.step + 1, (steps - now.step - 1) * cfg.batch_size
+    record = dict(epoch=now.epoch, step=step, steps=steps) | losses | statistics
+    record |= {f"lr{m.i}": now.lr[m.family] for m in models}
+    record |= {"images/s": speed, "minutes_left": images_left / speed / 60}
+    log(cfg, record | dict(GB=torch.cuda.max_memory_allocated() / 1e9))   # 0 without a GPU
+    if step <= cfg.log_every:
+        names = "".join(f"{name:>8}" for name in [*losses, "img/s", " min left"])
+        say(f"\n{'epoch':>5}{'step':>16} {names}")
+    columns = "".join(f"{loss:8.3f}" for loss in losses.values())
+    say(f"{now.epoch:5}{f'{step}/{steps}':>16} {columns}{speed:8.0f}{record['minutes_left']:9.0f}")
+    low = 0.01 * math.log(cfg.out_dim)   # spread is at most log K; both bounds are [ours]
+    flat = [name for name, value in statistics.items() if name.startswith("spread") and value < low]
+    if flat and step > steps / 4:   # earlier, targets may be uniform and yet part later
+        say(f"collapse? Low {', '.join(flat)}: lower --teacher_temp or rates, or higher --ema")
+
+def target_statistics(targets):
+    """Of each momentum head's targets p (2, B, K), in nats: the mean entropy H(p), and the spread, H(mean p)
+    - mean H(p), which is at most log K and at most log 2B. Without spread a head says the same of every image:
+    collapse, which no loss shows. Processes look at their own share, and these are means over them."""
+    statistics = {}
+    for name, p in targets.items():
+        if p is None:
+            continue
+        p = p.flatten(0, 1)
+        entropy = torch.special.entr(p).sum(-1).mean()
+        statistics[f"entropy_{name}"] = entropy
+        statistics[f"spread_{name}"] = torch.special.entr(p.mean(0)).sum() - entropy
+    return means_of([statistics])
+
+def means_of(window):
+    """Dicts of numbers on the device, one a step -> their means over steps and processes, on the host."""
+    values = torch.stack([torch.stack(list(numbers.values())) for numbers in window])   # (steps, names)
+    means = sum_over_processes(values).mean(0) / WORLD
+    return dict(zip(window[0], means.tolist()))
+
+# ------------------------------------------------------------------------------------------------- k-NN (A.2)
+def knn_accuracy(backbones, train, val, cfg, device):
+    """k-NN top-1 (percent; k = 20 [DINO]) of each backbone on val, with train as the bank."""
+    options = device, cfg.batch_size // WORLD, cfg.workers
+    banks, labels = extract_features(backbones, EvalView(train, cfg.global_size), *options)
+    queries, answers = extract_features(backbones, EvalView(val, cfg.global_size), *options)
+    votes = [knn_classify(bank, labels, query)[0] for bank, query in zip(banks, queries)]
+    return [100 * (of_net.argmax(1) == answers).sum().item() / len(answers) for of_net in votes]
+
+def knn_classify(bank, labels, queries, ks=(20,), temperature=0.07, classes=None):
+    """DINO's weighted k-NN: votes (len(ks), Q, classes) for queries (Q, D) by their k nearest in bank (n, D),
+    of labels (n,). A neighbor weighs exp(cosine / temperature), relative to the nearest; argmax predicts."""
+    classes = classes or int(labels.max()) + 1
+    votes = []
+    for rows in queries.split(256):
+        query = F.normalize(rows.float(), dim=1)   # half precision has changed the lengths a little
+        cosine = torch.cat([query @ F.normalize(part.float(), dim=1).T for part in bank.split(2 ** 16)], 1)
+        cosine, nearest = cosine.topk(min(max(ks), len(bank)))
+        weight = ((cosine - cosine[:, :1]) / temperature).exp()
+        voted = labels[nearest]
+        none = torch.zeros(len(rows), classes, device=queries.device)
+        votes.append(torch.stack([none.scatter_add(1, voted[:, :k], weight[:, :k]) for k in ks]))
+    return torch.cat(votes, 1)
+
+class EvalView:
+    """index -> (center crop (3, S, S) uint8, label), after the shorter side became `resize`. An unreadable
+    image is named and has the label NO_IMAGE."""
+    def __init__(self, images, size, resize=None):
+        self.images, self.size = images, size
+        self.resize = resize or round(size * 256 / 224)   # [DINO]
+
+    def __getitem__(self, i):
+        try:
+            image, label = self.images[i]
+            image = to_rgb(image)
+        except OSError as error:
+            warn(f"skipped {error}")
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), NO_IMAGE
+        image = TF.resize(image, [self.resize], TF.InterpolationMode.BICUBIC, antialias=True)
+        return TF.center_crop(image, [self.size, self.size]), int(label)
+
+@torch.no_grad()
+def extract_features(backbones, views, device, batch_size=256, workers=0, dtype="fp32", progress=None):
+    """-> [L2-normalized pooled features (n, C) of each backbone, in half precision], labels (n,), of all
+    images with a label, for all processes. progress(done, n) is told how far it is."""
+    n = len(views.images)
+    # A process fills its own rows, and the sum over processes joins them.
+    features = [torch.zeros(n, b.dim, dtype=torch.half, device=device) for b in backbones]
+    labels = torch.zeros(n, dtype=torch.long, device=device)
+    mine = torch.arange(RANK, n, WORLD).split(batch_size)
+    nets = nn.ModuleList(backbones).eval()
+    for (x, y), rows in zip(make_loader(views, device, workers, batch_sampler=mine), mine):
+        labels[rows] = y.to(device)
+        x = normalize(x.to(device, non_blocking=True).float() / 255)
+        for net, found in zip(nets, features):
+            with autocast(device, dtype):
+                pooled, _ = net(x)
+            found[rows] = F.normalize(pooled.float(), dim=1).half()
+        if progress:
+            progress(min(n, rows[-1].item() + WORLD), n)
+    nets.train()
+    labels = sum_over_processes(labels)
+    refuse_unreadable((labels == NO_IMAGE).sum().item(), n)
+    labeled = labels >= 0
+    features = [sum_over_processes(found)[labeled] for found in features]
+    if not all(found.isfinite().all() for found in features):
+        stop("features are not finite: the weights are damaged, or try --dtype fp32", 1)
+    return features, labels[labeled]
+
+def refuse_unlike_classes(train, val, data):
+    odd = set(getattr(train, "classes", ())) ^ set(getattr(val, "classes", ()))
+    if odd:
+        stop(f"--data {data}: train/ and val/ must have the same class folders; {min(odd)} is in one alone")
+
+# ------------------------------------------------------- views (A.1): workers crop, the device changes colors
+class MultiCrop:
+    """(epoch, index) -> uint8 crops, channels last, [(2, S, S, 3), (L, s, s, 3)], and "". If the image cannot
+    be read, the crops are of the next that can, and in place of "" comes a line about it."""
+    def __init__(self, images, cfg):
+        self.images, self.cfg = images, cfg
+
+    def __getitem__(self, key):
+        (epoch, index), cfg, crops = key, self.cfg, []
+        image, unreadable = self.read(index)
+        kinds = [(2, cfg.global_size, cfg.global_scale), (cfg.local_crops, cfg.local_size, cfg.local_scale)]
+        with torch.random.fork_rng(devices=[]):   # torchvision draws crops from the global generator
+            reseed(cfg.seed, epoch, index)
+            for n, size, scale in kinds:
+                if n:
+                    crops.append(torch.stack([crop(image, size, scale) for _ in range(n)]).movedim(1, -1))
+        return crops, unreadable
+
+    def read(self, index):
+        unreadable = ""
+        for i in range(index, index + 100):
+            try:
+                return to_rgb(self.images[i % len(self.images)][0]), unreadable
+            except OSError as error:   # other errors are a data set's own
+                unreadable = unreadable or str(error)
+        raise OSError(f"100 images in a row cannot be read, the first is {unreadable}")
+
+def crop(image, size, scale):
+    """(3, H, W) uint8 -> a random part of it (3, size, size), as torchvision's RandomResizedCrop."""
+    top, left, height, width = RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3])   # its ratios
+    part = image[None, :, top:top + height, left:left + width].contiguous(memory_format=torch.channels_last)
+    return F.interpolate(part, [size, size], mode="bicubic", antialias=True)[0]
+
+def make_views(crops, cfg, device, step):
+    """augment(x) of Algorithm 1: the loader's crops -> views as the networks get them, a tensor of each size,
+    [(2B, 3, S, S), (LB, 3, s, s)]. The first B rows are global view 0, and so on."""
+    drawn, views = draw_photometric(cfg, step), []
+    for x, first in zip(crops, (0, 2)):   # (B, 2, S, S, 3), views from 0 on; (B, L, s, s, 3), views from 2 on
+        p = {name: of[..., first:first + x.shape[1], :].flatten(-2) for name, of in drawn.items()}
+        x = x.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1).movedim(-1, 1)
+        views.append(normalize(photometric(x, p)).contiguous(memory_format=torch.channels_last))
+    return views
+
+def draw_photometric(cfg, step):
+    """What happens in a step to each view of this process's images: CPU tensors (..., V, B). They are drawn
+    for the n images of all processes, and so do not depend on the number of processes."""
+    V, n, g = 2 + cfg.local_crops, cfg.batch_size, generator(cfg.seed, "photometric", step)
+    def rand(*more):
+        return torch.rand(*more, V, n, generator=g)
+    view = torch.arange(V)[:, None]
+    blur_rate = torch.tensor([1.0, 0.1, 0.5])[view.clamp_max(2)]   # of global view 0, 1, local ones [DINO]
+    p = dict(flip=rand() < 0.5, jitter=rand() < 0.8)   # [DINO]
+    p["order"] = rand(4).argsort(0)   # order[place] says which color operation comes at this place
+    p["amount"] = (2 * rand(4) - 1) * torch.tensor(cfg.jitter).view(4, 1, 1)
+    p["amount"][:3] = (1 + p["amount"][:3]).clamp_min(0)   # factors; only the hue's amount is an angle
+    p["grayscale"] = rand() < cfg.grayscale
+    p["blur"] = (rand() < blur_rate) & (cfg.blur[1] > 0)
+    p["sigma"] = cfg.blur[0] + (cfg.blur[1] - cfg.blur[0]) * rand()
+    p["solarize"] = (rand() < cfg.solarize) & (view == 1)
+    share = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
+    return {name: values[..., share] for name, values in p.items()}
+
+def photometric(x, p):
+    """uint8 crops (n, 3, S, S) on the device -> [0, 1], changed as p says; colors in an image's own order."""
+    x = x.float() / 255
+    apply_to(x, TF.horizontal_flip, p["flip"])
+    for place in range(4):
+        for i, adjust in enumerate((adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)):
+            apply_to(x, adjust, p["jitter"] & (p["order"][place] == i), p["amount"][i])
+    apply_to(x, adjust_saturation, p["grayscale"], torch.zeros(len(x)))
+    apply_to(x, gaussian_blur, p["blur"], p["sigma"])
+    apply_to(x, functools.partial(TF.solarize, threshold=128 / 255), p["solarize"])
+    return x
+
+def apply_to(x, operation, mask, *amounts):
+    """Change the images of x that a CPU mask (n,) names. The CPU knows which, so no GPU is waited for."""
+    if mask.any():
+        rows = mask.nonzero().flatten().to(x.device, non_blocking=True)
+        amounts = [a[mask].to(x.device, non_blocking=True).view(-1, 1, 1, 1) for a in amounts]
+        x[rows] = operation(x[rows], *amounts)
+
+# Each does to a batch x (n, 3, H, W) in [0, 1], with factors f (n, 1, 1, 1), what torchvision's does to one.
+def adjust_brightness(x, f):
+    return (f * x).clamp(0, 1)
+
+def adjust_contrast(x, f):
+    return torch.lerp(TF.rgb_to_grayscale(x).mean((1, 2, 3), keepdim=True), x, f).clamp(0, 1)
+
+def adjust_saturation(x, f):
+    return torch.lerp(TF.rgb_to_grayscale(x), x, f).clamp(0, 1)
+
+def adjust_hue(x, f):
+    """Turn the hue by f of a full circle, through HSV."""
+    # RGB to HSV: value v, chroma c (v times the saturation), hue h in sixths of the circle; gray has any hue
+    r, g, b = x.split(1, 1)
+    v = x.amax(1, keepdim=True)
+    c = v - x.amin(1, keepdim=True)
+    d = c.clamp_min(1e-8)
+    h = torch.where(v == r, (g - b) / d, torch.where(v == g, (b - r) / d + 2, (r - g) / d + 4))
+    h = h + 6 * f
+    # HSV to RGB: red is v - c clamp(min(k, 4 - k), 0, 1) with k = h + 5 mod 6, green has 3 for 5, blue 1
+    k = (h + torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)) % 6
+    return v - c * torch.minimum(k, 4 - k).clamp(0, 1)
+
+def gaussian_blur(x, sigma, radius=6):
+    """Blur by sigma pixels (n, 1, 1, 1), mirrored at the edges."""
+    offset = torch.arange(-radius, radius + 1, device=x.device)
+    kernel = torch.exp(-0.5 * (offset / sigma.clamp_min(1e-3)) ** 2)
+    kernel = kernel / kernel.sum(-1, keepdim=True)   # (n, 1, 1, 13): a row, which blurs within rows
+    x = F.pad(x, [radius] * 4, "reflect").transpose(0, 1)   # a group for each image, which has its own kernel
+    x = F.conv2d(F.conv2d(x, kernel, groups=len(kernel)), kernel.mT, groups=len(kernel))
+    return x.transpose(0, 1)
+
+@functools.cache
+def mean_and_std(device):   # of ImageNet's channels
+    return torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=device).view(2, 3, 1, 1)
+
+def normalize(x):
+    mean, std = mean_and_std(x.device)
+    return (x - mean) / std
+
+# ----------------------------------------------------------------------------------------------------- images
+NO_IMAGE = -2   # label of an unreadable image; -1 is that of an image without label
+
+def get_images(cfg, part):
+    """-> data set of (image, label); part is "train" or "val". --data names a folder or a data set."""
+    if cfg.data == "toy":
+        return TensorDataset(*draw_toy(4096 if part == "train" else 1024, part))
+    if os.path.isdir(cfg.data):
+        folder = os.path.join(cfg.data, part)
+        if part == "train" and not os.path.isdir(folder):   # the folder itself holds the classes
+            folder = cfg.data
+            if os.path.isdir(os.path.join(cfg.data, "val")):
+                stop(f"--data {cfg.data}: has val/ but no train/: rename the training folder")
+        try:
+            return ImageFolder(folder, loader=read_image, is_valid_file=is_image)
+        except OSError as error:
+            stop(f"--data {cfg.data}: {error}. Each class wants a folder of images in {folder}, at least one")
+    known = {name.lower(): name for name in torchvision.datasets.__all__ if name != "ImageNet"}   # archives
+    name = known.get(cfg.data.lower().replace("_", ""))
+    if name is None:
+        stop(f"--data {cfg.data}: no such folder, nor a data set of torchvision such as cifar10, nor toy")
+    if LOCAL_RANK == 0:   # it downloads, while the others of its machine wait
+        torchvision_images(name, cfg.data_root, part)
+    wait_for_all()
+    return torchvision_images(name, cfg.data_root, part)
+
+def torchvision_images(name, root, part):
+    train = part == "train"
+    for names in (dict(train=train), dict(split="train+unlabeled" if train else "test"), dict(split=part)):
+        try:
+            return getattr(torchvision.datasets, name)(root, download=True, **names)
+        except (TypeError, ValueError) as error:   # this data set calls its parts otherwise
+            last = error
+    raise last
+
+class ImageFolder(torchvision.datasets.ImageFolder):
+    def find_classes(self, folder):   # without those whose names begin with a dot
+        classes = [name for name in super().find_classes(folder)[0] if not name.startswith(".")]
+        return classes, {name: label for label, name in enumerate(classes)}
+
+def is_image(path):
+    return torchvision.datasets.folder.is_image_file(path) and not os.path.basename(path).startswith(".")
+
+def read_image(path):
     try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
+        with Image.open(path) as image:
+            return to_rgb(image)
+    except Exception as error:   # PIL raises many kinds
+        raise OSError(f"{path} ({error})") from error
 
-def read_flags(config, argv, about):
-    """Command line -> an object of the dataclass `config`. Of a flag that is given twice the last counts."""
-    parser = argparse.ArgumentParser(usage="%(prog)s [--FLAG ...]", description=about, allow_abbrev=False)
-    for f in fields(config):
-        kind = f.type
-        options = dict(help=f.metadata["help"] + " (default: %(default)s)", choices=f.metadata["choices"])
-        if typing.get_args(kind):   # a tuple of two floats, say, or of any number of them
-            kind, *more = typing.get_args(kind)
-            options["nargs"] = "+" if ... in more else 1 + len(more)
-        if kind is bool:
-            options = dict(help=options["help"], action=argparse.BooleanOptionalAction)
-        elif kind is dict:
-            options.update(type=key_value, nargs="*", metavar="KEY=VALUE")
-        elif kind is not str:
-            options["type"] = functools.partial(number, kind, f.metadata["high"])
-            options["type"].__name__ = kind.__name__   # argparse says it where a value does not fit
-        parser.add_argument(f"--{f.name}", default=f.default, **options)
-    given = vars(parser.parse_args(argv))
-    for f in fields(config):
-        if isinstance(given[f.name], list):   # so argparse gives tuples and dicts
-            given[f.name] = dict(given[f.name]) if f.type is dict else tuple(given[f.name])
-    return config(**given)
+def to_rgb(image):
+    """PIL image or uint8 tensor -> (3, H, W) uint8, on white. Raises OSError for more than 8 bits."""
+    if isinstance(image, torch.Tensor):
+        return image.expand(3, -1, -1)
+    if image.mode[0] in "FI":
+        raise OSError(f"mode {image.mode}: which value is white? save it with 8 bits, where 255 is")
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return TF.pil_to_tensor(image.convert("RGB"))
 
-def parse_args(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if "--demo" in argv:
-        given = " ".join(argv)
-        parts = DEMO, "" if "--arch1" in given else DEMO1, "" if "--arch2" in given else DEMO2
-        argv = " ".join(parts).split() + argv
-    cfg = read_flags(Config, argv, __doc__.split("\n\n")[0])
-    if "sm" not in cfg.losses or not set(cfg.losses.split(",")) <= set(LOSSES):
-        stop(f"--losses {cfg.losses}: give sm and any of cm,st,ct, with commas between them")
-    if cfg.warmup_epochs > cfg.epochs:
-        stop(f"--warmup_epochs {cfg.warmup_epochs} is more than --epochs {cfg.epochs}: lower it")
-    if cfg.search == "local" and not cfg.local_crops:
-        stop("--search local needs --local_crops of at least 1")
-    return cfg
+def refuse_unreadable(n, total):
+    if n > 0.01 * total:
+        stop(f"--data: {n} of {total} images cannot be read, more than 1 %: mend or remove those named", 1)
 
-# ------------------------------------------------------------------------------------------ processes, seeds
+def batches(n, cfg, start=0):
+    """Yields this process's keys (epoch, index) of each batch from step `start` on, an order each epoch."""
+    per_epoch, share = n // cfg.batch_size, cfg.batch_size // WORLD
+    for step in range(start, cfg.epochs * per_epoch):
+        epoch, i = divmod(step, per_epoch)
+        if i == 0 or step == start:
+            order = torch.randperm(n, generator=generator(cfg.seed, "order", epoch)).tolist()
+        first = i * cfg.batch_size + RANK * share
+        yield [(epoch, index) for index in order[first:first + share]]
+
+def make_loader(dataset, device, workers, **options):
+    """A DataLoader. Its workers are forked on Linux, because a fork server would outlive a killed run."""
+    fork = "fork" if workers and sys.platform == "linux" else None
+    return DataLoader(dataset, num_workers=workers, multiprocessing_context=fork, worker_init_fn=quiet_worker,
+                      pin_memory=device.type == "cuda", **options)
+
+def quiet_worker(_):   # signals are for the training process, which ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+# ---------------------------------------------------------------------------------------- log and checkpoints
+def log(cfg, record):
+    if RANK == 0:
+        with open(f"{cfg.out}/log.jsonl", "a") as f:
+            f.write(json.dumps(record) + "\n")
+
+def write(value, path):
+    torch.save(value, path + ".tmp")
+    os.replace(path + ".tmp", path)   # so a file under its name is whole
+
+def save(cfg, models, step, scaler, images):
+    """Write the momentum backbones under timm's names, then checkpoint.pth, all that resuming needs."""
+    for m in models:
+        if not all(p.isfinite().all() for p in m.params):
+            stop(f"step {step}: weights of model {m.i} not finite: lower the rates, or use --dtype fp32", 1)
+    if RANK == 0:
+        state = dict(config=asdict(cfg), step=step, images=fingerprint(images), scaler=scaler.state_dict())
+        for m in models:
+            write(m.n_.backbone.model.state_dict(), f"{cfg.out}/model{m.i}.pth")
+            state[f"model{m.i}"] = dict(net=m.net.state_dict(), momentum_net=m.n_.state_dict(),
+                                        optimizers=[optimizer.state_dict() for optimizer in m.optimizers])
+        write(state, f"{cfg.out}/checkpoint.pth")
+
+def resume(cfg, models, scaler, state):
+    """Fill models and scaler from a checkpoint, and empty it, as it is large -> the steps it has done."""
+    for m in models:
+        saved = state.pop(f"model{m.i}")
+        m.net.load_state_dict(saved["net"])
+        m.n_.load_state_dict(saved["momentum_net"])
+        for optimizer, of_optimizer in zip(m.optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(of_optimizer)
+    if state["scaler"]:   # fp32 has none
+        scaler.load_state_dict(state["scaler"])
+    say(f"resumed {cfg.out}/checkpoint.pth at step {state['step']}")
+    return state["step"]
+
+def fingerprint(images):
+    """What must stay the same, wherever the images lie: their number, and the names of class folders."""
+    return [len(images), seed_of(*sorted(getattr(images, "classes", ())))]
+
+def read_checkpoint(path):
+    """-> the dict of a checkpoint, read whole: Windows could not replace a file that stays mapped."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()   # compares check sums; torch.load takes a flipped bit without a word
+    except Exception as error:   # damage has many names
+        damaged = error
+    if damaged:
+        stop(f"{path}: no sound checkpoint ({damaged}). Give another, or delete it to start anew")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+def find_checkpoint(cfg, images):
+    """-> the checkpoint of --out, or None. Refuses other settings and images, and processes that disagree."""
+    path, state = f"{cfg.out}/checkpoint.pth", None
+    if os.path.exists(path):
+        state = read_checkpoint(path)
+        refuse_other_settings(path, state, cfg, images)
+    settings = asdict(cfg) | dict.fromkeys(["out", "data", "data_root", "workers"])   # a machine's own
+    mine = torch.tensor(seed_of(state and state["step"], fingerprint(images), settings))
+    if sum_over_processes(mine) != WORLD * mine:   # a hash, which all must share
+        stop("processes differ in settings, images or the checkpoint in --out: give all the same", 1)
+    return state
+
+def refuse_other_settings(path, state, cfg, images):
+    refused, said = [], []
+    for f in fields(cfg):
+        was, now = state["config"].get(f.name), getattr(cfg, f.name)
+        if was != now:
+            differing = said if f.metadata["changeable"] else refused
+            differing.append(f"--{f.name} was {was}, is {now}")
+    if refused:
+        stop(f"{path}: {'; '.join(refused)}. Give the same, or another --out, which may start from this "
+             f"run's weights, as for more epochs: --init1 model1.pth --init2 model2.pth")
+    if state["images"] != fingerprint(images):
+        stop(f"{path}: of other images ({state['images'][0]}, now {len(images)}) or classes: give those")
+    if said:
+        say(f"resuming {path} with other settings: {'; '.join(said)}")
+
+# ------------------------------------------------------------------------------- processes, seeds and signals
 RANK = int(os.environ.get("RANK", 0))   # torchrun sets these three: this process,
 WORLD = int(os.environ.get("WORLD_SIZE", 1))   # the number of all,
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))   # and this one among those of its machine
@@ -187,11 +955,13 @@ caught = []   # signals since catch_signals; a training loop ends after the step
 def say(text):
     if RANK == 0:
         print(text, flush=True)
+
 def warn(text):
     print(text, file=sys.stderr)
 
 def stop(message, code=2):
-    """End the program with a sentence. Code 2: a wrong command; 1: a failed run, which each process says."""
+    """End the program with a sentence. Code 2: a wrong command; 1: a failed run, which each process says; 128
+    and a signal's number: stopped by it."""
     if LOCAL_RANK == 0 or code == 1:
         warn(message)
     raise SystemExit(code)
@@ -227,12 +997,20 @@ def sum_over_processes(x):
         dist.all_reduce(x)
     return x
 
+def wait_for_all():
+    sum_over_processes(torch.zeros(1))   # which ends when all have come
+
 def seed_of(*key):
-    """A 63-bit seed from numbers and words. All is drawn from (seed, epoch, index) or (seed, step), so a
-    resumed run repeats the uninterrupted one, with any number of workers."""
+    """A 63-bit seed from numbers and words. All is drawn from (seed, epoch, index) or (seed, step), some with
+    RANK, so a resumed run repeats the uninterrupted one, with any number of workers. On GPUs it does so up to
+    the order of sums, which cuDNN's benchmark may choose otherwise."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
+
 def generator(*key):
     return torch.Generator().manual_seed(seed_of(*key))
+
+def reseed(*key):
+    torch.manual_seed(seed_of(*key))
 
 def catch_signals():
     """From here on SIGTERM and SIGINT wait for the end of a step. main puts the caller's handlers back."""
@@ -250,823 +1028,75 @@ def after_step(unreadable):
     n, terminated, interrupted = sum_over_processes(counts).tolist()   # on the CPU, so no GPU is waited for
     return n, signal.SIGTERM if terminated else signal.SIGINT if interrupted else None
 
-def refuse_unreadable(n, total):
-    if n > 0.01 * total:
-        stop(f"--data: {n} of {total} images cannot be read, more than 1 %: mend or remove those named", 1)
+# ----------------------------------------------------------------------------------------------- command line
+def number(kind, high, text):
+    value = kind(text)
+    if not 0 <= value <= high:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to {high}")
+    return value
 
-# ----------------------------------------------------------------------------------------------- data: images
-NO_IMAGE = -2   # label of an unreadable image; -1 is that of an image without label
-
-def to_rgb(image):
-    """PIL image or uint8 tensor -> (3, H, W) uint8, on white. Raises OSError for more than 8 bits."""
-    if isinstance(image, torch.Tensor):
-        return image.expand(3, -1, -1)
-    if image.mode[0] in "FI":
-        raise OSError(f"mode {image.mode}: which value is white? save it with 8 bits, where 255 is")
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return TF.pil_to_tensor(image.convert("RGB"))
-
-def read_image(path):
+def key_value(text):
+    """'channels=16,32' -> ('channels', (16, 32)). A value that is no Python literal stays a string."""
+    key, value = text.split("=", 1)
     try:
-        with Image.open(path) as image:
-            return to_rgb(image)
-    except Exception as error:   # PIL raises many kinds
-        raise OSError(f"{path} ({error})") from error
-
-def is_image(path):
-    return torchvision.datasets.folder.is_image_file(path) and not os.path.basename(path).startswith(".")
-class ImageFolder(torchvision.datasets.ImageFolder):
-    def find_classes(self, folder):   # without those whose names begin with a dot
-        classes = [name for name in super().find_classes(folder)[0] if not name.startswith(".")]
-        return classes, {name: label for label, name in enumerate(classes)}
-
-def get_images(cfg, part):
-    """-> data set of (image, label); part is "train" or "val". --data names a folder or a data set."""
-    if cfg.data == "toy":
-        return TensorDataset(*draw_toy(4096 if part == "train" else 1024, part))
-    if os.path.isdir(cfg.data):
-        folder = os.path.join(cfg.data, part)
-        if part == "train" and not os.path.isdir(folder):   # the folder itself holds the classes
-            folder = cfg.data
-            if os.path.isdir(os.path.join(cfg.data, "val")):
-                stop(f"--data {cfg.data}: has val/ but no train/: rename the training folder")
-        try:
-            return ImageFolder(folder, loader=read_image, is_valid_file=is_image)
-        except OSError as error:
-            stop(f"--data {cfg.data}: {error}. Each class wants a folder of images in {folder}, at least one")
-    known = {name.lower(): name for name in torchvision.datasets.__all__ if name != "ImageNet"}   # a folder
-    name = known.get(cfg.data.lower().replace("_", ""))
-    if name is None:
-        stop(f"--data {cfg.data}: no such folder, nor a data set of torchvision such as cifar10, nor toy")
-    if LOCAL_RANK == 0:   # it downloads, while the others of its machine wait below
-        torchvision_images(name, cfg.data_root, part)
-    sum_over_processes(torch.zeros(1))
-    return torchvision_images(name, cfg.data_root, part)
-
-def torchvision_images(name, root, part):
-    train = part == "train"
-    for names in (dict(train=train), dict(split="train+unlabeled" if train else "test"), dict(split=part)):
-        try:
-            return getattr(torchvision.datasets, name)(root, download=True, **names)
-        except (TypeError, ValueError) as error:   # this data set calls its parts otherwise
-            last = error
-    raise last
-
-# ------------------------------------------------------------------------------------------ data: views (A.1)
-class MultiCrop:
-    """(epoch, index) -> uint8 crops, channels last, [(2, S, S, 3), (L, s, s, 3)], and "". If the image cannot
-    be read, the crops are of the next that can, and in place of "" comes a line about it."""
-    def __init__(self, images, cfg):
-        self.images, self.cfg = images, cfg
-
-    def __getitem__(self, key):
-        (epoch, index), cfg, crops = key, self.cfg, []
-        image, unreadable = self.read(index)
-        kinds = [(2, cfg.global_size, cfg.global_scale), (cfg.local_crops, cfg.local_size, cfg.local_scale)]
-        with torch.random.fork_rng(devices=[]):   # torchvision draws crops from the global generator
-            torch.default_generator.manual_seed(seed_of(cfg.seed, epoch, index))
-            for n, size, scale in kinds:
-                if n:
-                    crops.append(torch.stack([crop(image, size, scale) for _ in range(n)]).movedim(1, -1))
-        return crops, unreadable
-
-    def read(self, index):
-        unreadable = ""
-        for i in range(index, index + 100):
-            try:
-                return to_rgb(self.images[i % len(self.images)][0]), unreadable
-            except OSError as error:   # other errors are a data set's own
-                unreadable = unreadable or str(error)
-        raise OSError(f"100 images in a row cannot be read, the first is {unreadable}")
-
-def crop(image, size, scale):
-    """(3, H, W) uint8 -> a random part of it (3, size, size), as torchvision's RandomResizedCrop."""
-    top, left, height, width = RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3])   # its ratios
-    part = image[None, :, top:top + height, left:left + width].contiguous(memory_format=torch.channels_last)
-    return F.interpolate(part, [size, size], mode="bicubic", antialias=True)[0]
-
-def batches(n, cfg, start=0):
-    """Yields this process's keys (epoch, index) of each batch from step `start` on, an order each epoch."""
-    per_epoch, share = n // cfg.batch_size, cfg.batch_size // WORLD
-    for step in range(start, cfg.epochs * per_epoch):
-        epoch, i = divmod(step, per_epoch)
-        if i == 0 or step == start:
-            order = torch.randperm(n, generator=generator(cfg.seed, "order", epoch)).tolist()
-        first = i * cfg.batch_size + RANK * share
-        yield [(epoch, index) for index in order[first:first + share]]
-
-def quiet_worker(_):   # signals are for the training process, which ends its workers
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-def make_loader(dataset, device, workers, **options):
-    """A DataLoader. Its workers are forked on Linux, because a fork server would outlive a killed run."""
-    fork = "fork" if workers and sys.platform == "linux" else None
-    return DataLoader(dataset, num_workers=workers, multiprocessing_context=fork, worker_init_fn=quiet_worker,
-                      pin_memory=device.type == "cuda", **options)
-
-# Each does to a batch x (n, 3, H, W) in [0, 1], with factors f (n, 1, 1, 1), what torchvision's does to one.
-def luma(x):
-    return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
-def adjust_brightness(x, f):
-    return (f * x).clamp(0, 1)
-def adjust_contrast(x, f):
-    return torch.lerp(luma(x).mean((1, 2, 3), keepdim=True), x, f).clamp(0, 1)
-def adjust_saturation(x, f):
-    return torch.lerp(luma(x), x, f).clamp(0, 1)
-
-def adjust_hue(x, f):
-    """Turn the hue by f of a full circle. With value v, chroma c and hue h in sixths of the circle, the
-    channels are v - c clamp(min(k, 4 - k), 0, 1), where k = (h + 5, h + 3, h + 1) mod 6."""
-    r, g, b = x.split(1, 1)
-    v = x.amax(1, keepdim=True)
-    c = v - x.amin(1, keepdim=True)
-    d = c.clamp_min(1e-8)   # gray has c = 0 and any hue
-    h = torch.where(v == r, (g - b) / d, torch.where(v == g, (b - r) / d + 2, (r - g) / d + 4))
-    k = (h + 6 * f + torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)) % 6
-    return v - c * torch.minimum(k, 4 - k).clamp(0, 1)
-
-def gaussian_blur(x, sigma, radius=6):
-    """Blur by sigma pixels, mirrored at the edges. Row i of an image's G holds the weights around pixel i."""
-    size = x.shape[-1]
-    offset = torch.arange(-radius, radius + 1, device=x.device)
-    weight = torch.exp(-0.5 * (offset / sigma.clamp_min(1e-3)) ** 2)
-    weight = weight / weight.sum(-1, keepdim=True)
-    pixel = (torch.arange(size, device=x.device)[:, None] + offset).abs()
-    pixel = torch.where(pixel < size, pixel, 2 * (size - 1) - pixel)
-    G = x.new_zeros(len(x), 1, size, size)
-    G.scatter_add_(3, pixel.expand(len(x), 1, -1, -1), weight.expand(-1, 1, size, -1))
-    return G @ x @ G.mT
-
-def draw_photometric(cfg, step):
-    """What happens to each view in a step: CPU tensors (..., VB), the B images of view 0 first. They are
-    drawn for all n images of all processes, of which each takes its share, so two see what one would."""
-    V, n, g = 2 + cfg.local_crops, cfg.batch_size, generator(cfg.seed, "photometric", step)
-    def rand(*more):
-        return torch.rand(*more, V, n, generator=g)
-    p = dict(flip=rand() < 0.5, jitter=rand() < 0.8, order=rand(4).argsort(0))   # [DINO]
-    p["factor"] = (2 * rand(4) - 1) * torch.tensor(cfg.jitter).view(4, 1, 1)
-    p["factor"][:3] = (1 + p["factor"][:3]).clamp_min(0)   # all but the hue, whose factor is an angle
-    p["grayscale"] = rand() < cfg.grayscale
-    view = torch.arange(V)[:, None]
-    blur_rate = torch.tensor([1.0, 0.1, 0.5])[view.clamp_max(2)]   # of global view 0, 1, local ones [DINO]
-    p["blur"] = (rand() < blur_rate) & (cfg.blur[1] > 0)
-    p["sigma"] = cfg.blur[0] + (cfg.blur[1] - cfg.blur[0]) * rand()
-    p["solarize"] = (rand() < cfg.solarize) & (view == 1)
-    share = slice(RANK * n // WORLD, (RANK + 1) * n // WORLD)
-    return {name: value[..., share].flatten(-2) for name, value in p.items()}
-
-def apply_to(x, operation, mask, *factors):
-    """Change the images of x that a CPU mask (n,) names. The CPU knows which, so no GPU is waited for."""
-    if mask.any():
-        rows = mask.nonzero().flatten().to(x.device, non_blocking=True)
-        factors = [f[mask].to(x.device, non_blocking=True).view(-1, 1, 1, 1) for f in factors]
-        x[rows] = operation(x[rows], *factors)
-
-def photometric(x, p):
-    """uint8 crops (n, 3, S, S) on the device -> [0, 1], changed as p says; colors in an image's own order."""
-    x = x.float() / 255
-    apply_to(x, TF.horizontal_flip, p["flip"])
-    for place in range(4):
-        for i, adjust in enumerate((adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)):
-            apply_to(x, adjust, p["jitter"] & (p["order"][place] == i), p["factor"][i])
-    apply_to(x, adjust_saturation, p["grayscale"], torch.zeros(len(x)))
-    apply_to(x, gaussian_blur, p["blur"], p["sigma"])
-    apply_to(x, functools.partial(TF.solarize, threshold=128 / 255), p["solarize"])
-    return x
-
-@functools.cache
-def mean_and_std(device):   # of ImageNet's channels
-    return torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=device).view(2, 3, 1, 1)
-def normalize(x):
-    mean, std = mean_and_std(x.device)
-    return (x - mean) / std
-
-def make_views(crops, cfg, device, step):
-    """augment(x) of Algorithm 1: the loader's crops -> views as the networks get them, a tensor of each size,
-    [(2B, 3, S, S), (LB, 3, s, s)]. The first B rows are global view 0, and so on."""
-    p, views, done = draw_photometric(cfg, step), [], 0
-    for x in crops:   # (B, 2, S, S, 3), then (B, L, s, s, 3)
-        x = x.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1).movedim(-1, 1)
-        own = {name: value[..., done:done + len(x)] for name, value in p.items()}
-        views.append(normalize(photometric(x, own)).contiguous(memory_format=torch.channels_last))
-        done += len(x)
-    return views
-
-# -------------------------------------------------------------------------------------------- backbones (3.1)
-class Backbone(nn.Module):
-    """A timm model: images (B, 3, S, S) -> pooled (B, C), tokens (B, N, C). Tokens are a CNN's last map or a
-    ViT's patches; pooled is their mean, or a ViT's CLS. sizes are the views', the global one first. family
-    is "cnn" for a net with batch norm, else "vit"; dim is C, num_tokens N of a global view."""
-    def __init__(self, name, kwargs=None, pool="mean", sizes=(224, 96), drop_path=0.0):
-        super().__init__()
-        if name in ("vit_tiny", "vit_small", "vit_base"):   # the paper's short names
-            name += "_patch16_224"
-        self.timm_name, self.timm_kwargs = name, kwargs or {}
-        self.model = create_model(name, self.timm_kwargs, drop_path)
-        self.prefix_tokens = getattr(self.model, "num_prefix_tokens", 0)   # CLS and registers
-        self.cls = pool == "cls" and getattr(self.model, "cls_token", None) is not None
-        self.family = "vit"
-        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules()):
-            self.family = "cnn"
-            no_drop_path(self.model)
-        # Try each size now. What the last, the global one gives is used below.
-        self.eval()
-        for size in reversed(sizes):
-            pooled, tokens = self(torch.zeros(2, 3, size, size))
-        self.num_tokens, self.dim = tokens.shape[1:]
-        # Freeze what only a classifier would use, because it gets no gradient, and DDP must know.
-        parameters = list(self.model.parameters())
-        gradients = torch.autograd.grad(pooled.sum() + tokens.sum(), parameters, allow_unused=True)
-        for p, gradient in zip(parameters, gradients):
-            p.requires_grad_(gradient is not None)
-        self.train()
-
-    def forward(self, x):
-        y = self.model.forward_features(x)
-        if y.dim() == 4:   # a map
-            y = y.flatten(1, 2) if getattr(self.model, "output_fmt", "") == "NHWC" else y.flatten(2).mT
-        tokens = y[:, self.prefix_tokens:]
-        return y[:, 0] if self.cls else tokens.mean(1), tokens
-
-def create_model(name, kwargs, drop_path=0.0):
-    """timm.create_model, for views of several sizes. Of our options a model gets those that it knows."""
-    options = dict(dynamic_img_size=True, strict_img_size=False, drop_path_rate=drop_path)
-    if name in ("resnet18", "resnet34", "resnet50", "resnet101"):
-        options["zero_init_last"] = False   # the paper's ResNets start as torchvision's, others as timm's
-    while True:
-        try:
-            return timm.create_model(name, num_classes=0, **options | kwargs)
-        except TypeError as error:   # it names the option that the model does not know
-            unknown = [option for option in options if f"'{option}'" in str(error) and option not in kwargs]
-            if not unknown:
-                raise
-            del options[unknown[0]]
-
-def no_drop_path(net):
-    for m in net.modules():
-        if isinstance(m, timm.layers.DropPath):
-            m.drop_prob = 0.0
-
-def load_weights(backbone, file, flag):
-    """Fill a backbone from a file of timm, torchvision, DINO, MoCo, the released code, or ours."""
-    torch.serialization.add_safe_globals([argparse.Namespace])   # DINO's files hold their flags
-    theirs = torch.load(file, map_location="cpu", weights_only=True)
-    for key in (f"teacher_{backbone.family}", "teacher", "state_dict", "model"):
-        if isinstance(theirs.get(key), dict):
-            theirs = theirs[key]
-    # The prefix is what stands before the name of a parameter; a momentum net's is tried first.
-    used = [name for name, p in backbone.model.named_parameters() if p.requires_grad]
-    prefixes = [name.removesuffix(used[0]) for name in theirs if f".{name}".endswith(f".{used[0]}")]
-    for prefix in sorted(prefixes, key=lambda prefix: "momentum" not in prefix):
-        state = {name.removeprefix(prefix): w for name, w in theirs.items() if name.startswith(prefix)}
-        if state.keys() >= set(used):
-            own = backbone.model.state_dict().keys()
-            backbone.model.load_state_dict({name: state[name] for name in own & state.keys()}, strict=False)
-            return
-    stop(f"{flag} {file}: lacks weights of {backbone.timm_name}; give its state dict, such as model1.pth")
-
-# --------------------------------------------------------------------------- heads (3.4) and the search (3.3)
-def last_layer(in_dim, out_dim, learn_gain=True):
-    """gain * direction / |direction|, linear [DINO]; without learn_gain the gain is 1 (norm_last_layer)."""
-    layer = nn.utils.parametrizations.weight_norm(nn.Linear(in_dim, out_dim, bias=False))
-    nn.init.ones_(layer.parametrizations.weight.original0).requires_grad_(learn_gain)
-    return layer
-def init_linear(module):
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
-
-class MLPHead(nn.Module):
-    """Pooled (..., C) -> logits (..., K), by four linear layers (3.4), with DINO's widths and L2 norm."""
-    def __init__(self, in_dim, out_dim, hidden_dim=2048, bottleneck_dim=256, learn_gain=True):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, hidden_dim),
-                                 nn.GELU(), nn.Linear(hidden_dim, bottleneck_dim)).apply(init_linear)
-        self.last = last_layer(bottleneck_dim, out_dim, learn_gain)
-
-    def forward(self, x):
-        return self.last(F.normalize(self.mlp(x), dim=-1))
-
-class THead(nn.Module):
-    """Local features -> logits, by ViT blocks and an FC layer (3.4). With a query it is the feature search of
-    Fig. 3: the query is one more token. After the blocks it is dropped, and the others are averaged.
-    embed is the 1x1 convolution from a backbone's C channels to dim, where these differ. It maps tokens and
-    queries, so all meet at one width, where eq. (6) brings a query to the other model's C. Learned positions,
-    last LayerNorm and weight norm are [released]; num_tokens is N of a global view."""
-    def __init__(self, in_dim, out_dim, dim=384, depth=3, num_heads=6, num_tokens=49, l2_normalize=False):
-        super().__init__()
-        layer_norm = functools.partial(nn.LayerNorm, eps=1e-6)
-        self.embed = nn.Linear(in_dim, dim) if in_dim != dim else nn.Identity()
-        self.pos = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, num_tokens, dim), std=0.02))
-        blocks = [Block(dim, num_heads, qkv_bias=True, norm_layer=layer_norm) for _ in range(depth)]
-        self.blocks = nn.Sequential(*blocks).apply(init_linear)
-        self.norm, self.l2_normalize = layer_norm(dim), l2_normalize
-        self.last = last_layer(dim, out_dim)
-
-    def query_of(self, pooled):
-        """z = Conv1x1(GAP(Z)) of eq. (6): pooled feature (..., C) -> query (..., dim)."""
-        return self.embed(pooled)
-
-    def forward(self, Z, query=None):
-        """Tokens (B, N, C) -> logits (B, K). With n queries for each image, (nB, dim), where rows 0 to B - 1
-        are query 0 of all images -> (nB, K), in the same order."""
-        side = math.isqrt(Z.shape[1])   # positions are resized bicubically, not antialiased [released]
-        pos = timm.layers.resample_abs_pos_embed(self.pos, [side, side], num_prefix_tokens=0, antialias=False)
-        x = self.embed(Z) + pos
-        if query is not None:   # the concatenation of eq. (6); the query has no position
-            x = torch.cat([query[:, None], x.repeat(len(query) // len(x), 1, 1)], 1)
-        x = self.norm(self.blocks(x))
-        x = x.mean(1) if query is None else x[:, 1:].mean(1)
-        return self.last(F.normalize(x, dim=-1) if self.l2_normalize else x)
-
-# Z of Algorithm 1: pooled (V, B, C), and the tokens for each size of views [(2B, N, C), (LB, n, C)]
-Representation = namedtuple("Representation", "pooled tokens")
-
-class Net(nn.Module):
-    """[m, t, Z] = n(x) of Algorithm 1: a backbone and its two heads. Without st and ct there is no T-Head."""
-    def __init__(self, backbone, cfg):
-        super().__init__()
-        self.backbone, self.t_head = backbone, None
-        learn_gain = backbone.family == "vit"   # a CNN's MLP-Head keeps its gain at 1 [released]
-        self.mlp_head = MLPHead(backbone.dim, cfg.out_dim, cfg.hidden_dim, cfg.bottleneck_dim, learn_gain)
-        if "st" in cfg.losses or "ct" in cfg.losses:
-            self.t_head = THead(backbone.dim, cfg.out_dim, cfg.t_dim, cfg.t_depth, cfg.t_heads,
-                                backbone.num_tokens, cfg.t_norm)
-
-    def forward(self, x):
-        """Views (make_views) -> m (V, B, K), t (V, B, K) or None, Representation."""
-        B, t = len(x[0]) // 2, None
-        outputs = [self.backbone(views) for views in x]
-        pooled = torch.cat([pooled for pooled, _ in outputs]).unflatten(0, (-1, B))
-        Z = Representation(pooled, [tokens for _, tokens in outputs])
-        if self.t_head is not None:
-            t = torch.cat([self.t_head(tokens) for tokens in Z.tokens]).unflatten(0, (-1, B))
-        return self.mlp_head(Z.pooled), t, Z
-
-def search_pairs(V, which="all"):
-    """Pairs (g, v), sorted: view v of a student searches global view g of the other's momentum net."""
-    if which == "global":   # Algorithm 1's own two
-        return [(0, 1), (1, 0)]
-    if which == "local":    # [released]
-        return [(0, v) for v in range(2, V)]
-    return [(g, v) for g in range(2) for v in range(V) if v != g]   # [ours]: all that differ, as a and b do
-
-def search(t_head_, query, tokens_, pairs):
-    """t_s = t_(Z, Z_) of Algorithm 1, the feature search (3.3, Fig. 3): momentum tokens_ (2B, N, C), queries
-    (V, B, dim) of the other student, sorted pairs (g, v) -> logits of what each finds (pairs, B, K)."""
-    B, found = len(tokens_) // 2, []
-    for g in range(2):   # each query goes through the blocks with its own copy of the tokens
-        queries = [query[v] for searched, v in pairs if searched == g]
-        if queries:
-            found.append(t_head_(tokens_[g * B:(g + 1) * B], torch.cat(queries)))
-    return torch.cat(found).unflatten(0, (-1, B))
-
-# ------------------------------------------------------------------------------------------ losses (3.2, 3.3)
-def target(t, center=0.0, tau_=0.07):
-    """Momentum logits -> targets, without gradient: eq. (1) with tau', after centering. That and the low tau'
-    (sharpening) are DINO's way against collapse, which 3.2 calls whitening."""
-    return ((t.detach().float() - center) / tau_).softmax(-1)
-
-def H(t, s, center=0.0, tau_=0.07, tau=0.1, pairs=None):
-    """H(t, s) of Algorithm 1, for momentum logits t (G, B, K) and a student's s (V, B, K). In a pair (g, v)
-    t[g] teaches s[v]; by default all global g and v that differ are paired. The mean over pairs and images of
-
-        -(target(t[g], center, tau_) * (s[v] / tau).log_softmax(-1)).sum(-1)"""
-    return MultiCropH.apply(t, s, center, tau_, tau, pairs or search_pairs(len(s)))
-
-class MultiCropH(torch.autograd.Function):
-    """H in less memory and time than autograd takes for its formula. With p the target, x = s / tau, and
-    eq. (1) for q = softmax(x), log q is x - logsumexp(x). So -sum(p log q) = sum(p) logsumexp(x) - sum(p x),
-    whose gradient in x is sum(p) q - p. It is taken in the forward pass, and kept in the logits' type."""
-    @staticmethod
-    def forward(ctx, t, s, center, tau_, tau, pairs):
-        learners = {}   # teachers, as (0,), (1,) or (0, 1) -> the views that learn from just these
-        for v in sorted({v for _, v in pairs}):
-            teachers = tuple(g for g, view in pairs if view == v)
-            learners.setdefault(teachers, []).append(v)
-        loss, grad = 0.0, torch.zeros_like(s)
-        for teachers, views in sorted(learners.items()):
-            p = sum(target(t[g], center, tau_) for g in teachers)   # once for all these views
-            sum_p = p.sum(-1, keepdim=True)   # the number of teachers
-            for v in views:
-                x = s[v].float() / tau
-                loss = loss + (sum_p[:, 0] * x.logsumexp(-1) - (p * x).sum(-1)).mean()
-                grad[v] = x.softmax(-1) * sum_p - p
-        ctx.save_for_backward(grad)
-        ctx.parts = len(pairs) * s.shape[1] * tau   # the means over pairs and images, and x = s / tau, divide
-        return loss / len(pairs)
-    @staticmethod
-    def backward(ctx, grad_loss):
-        return None, ctx.saved_tensors[0] * (grad_loss / ctx.parts), None, None, None, None
-
-# -------------------------------------------------------------------------------------------- schedules (A.1)
-def cosine_schedule(step, steps, peak, end, warmup=0):
-    """For `warmup` steps a straight line from 0 to peak; then half a cosine to end, reached at `steps`."""
-    if step < warmup:
-        return peak * step / warmup
-    return end + (peak - end) * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
-
-# At a step: l, momentum of the momentum nets; tau_, temperature of their targets; lr and wd, learning rates
-# and weight decays, each a dict with "cnn" and "vit".
-Now = namedtuple("Now", "step epoch l tau_ lr wd")
-
-def schedule(cfg, step, per_epoch):
-    epoch, steps, warmup = step // per_epoch, cfg.epochs * per_epoch, cfg.warmup_epochs * per_epoch
-    scale = cfg.batch_size / 256   # rates are given for 256 images [DINO]
-    lr = dict(cnn=cosine_schedule(step, steps, cfg.cnn_lr * scale, cfg.cnn_lr_end, warmup),
-              vit=cosine_schedule(step, steps, cfg.vit_lr * scale, cfg.vit_lr_end, warmup))
-    wd_end = cfg.vit_wd if cfg.wd_end is None else cfg.wd_end
-    wd = dict(cnn=cfg.cnn_wd, vit=cosine_schedule(step, steps, cfg.vit_wd, wd_end))
-    start, end, rise = cfg.teacher_temp_start, cfg.teacher_temp, cfg.teacher_temp_epochs - 1
-    tau_ = end if epoch >= rise else start + (end - start) * epoch / rise
-    return Now(step, epoch, cosine_schedule(step, steps, cfg.ema, 1.0), tau_, lr, wd)
-
-# ------------------------------------------------------------------- the two models: what each has of its own
-class Model:
-    """A student, its optimizers, its momentum net n_; n_ holds the centers C_m, C_t of its two heads."""
-    def __init__(self, cfg, i, backbone, device):
-        self.cfg, self.i, self.family = cfg, i, backbone.family
-        # n_.params = n.params, the first line of Algorithm 1; stochastic depth is for the student alone.
-        torch.manual_seed(seed_of(cfg.seed, "heads", i))
-        self.net = Net(backbone, cfg)
-        self.n_ = copy.deepcopy(self.net).requires_grad_(False)
-        no_drop_path(self.n_)
-        if cfg.grad_checkpointing:   # it updates student batch norms' statistics twice; no step reads those
-            backbone.model.set_grad_checkpointing()
-        # Both move to the device before there are optimizers, because these keep the tensors they are given.
-        for net in (self.net, self.n_):
-            net.to(device)
-            if device.type == "cuda":
-                net.to(memory_format=torch.channels_last)   # to convolve faster
-                if WORLD > 1:   # [DINO]; torch has none for the CPU
-                    timm.layers.convert_sync_batchnorm(net)
-            if cfg.compile:
-                net.compile(dynamic=False)
-        for name in ("C_m", "C_t"):   # buffers, so they are saved with the net
-            self.n_.register_buffer(name, torch.zeros(1, cfg.out_dim, device=device))
-        self.params, self.params_ = list(self.net.parameters()), list(self.n_.parameters())
-        self.last_layers = [p for name, p in self.net.named_parameters() if ".last." in name]
-        self.optimizers, self.distributed = self.make_optimizers(device), self.net
-        if WORLD > 1:
-            self.distributed = nn.parallel.DistributedDataParallel(self.net, gradient_as_bucket_view=True)
-
-    def make_optimizers(self, device):
-        """SGD, AdamW or both. A CNN's T-Head has t_optimizer, with the rate and the decay of ViTs."""
-        makers = dict(sgd=functools.partial(torch.optim.SGD, momentum=0.9, foreach=True),   # momentum: [DINO]
-                      adamw=functools.partial(torch.optim.AdamW, fused=device.type != "mps"))
-        groups = dict(sgd={}, adamw={})   # each holds (family, decays) -> parameter group
-        for name, p in self.net.named_parameters():
-            family = "vit" if name.startswith("t_head.") else self.family
-            kind = self.cfg.t_optimizer if family != self.family else getattr(self.cfg, f"{family}_optimizer")
-            if p.requires_grad:
-                group = dict(params=[], family=family, decays=p.dim() > 1)
-                groups[kind].setdefault((family, p.dim() > 1), group)["params"].append(p)
-        return [makers[kind](list(own.values()), lr=0.0) for kind, own in groups.items() if own]
-
-    def n(self, x, now):
-        """[m, t, Z] = n(x). Stochastic depth is drawn from (seed, step), whatever the other model draws."""
-        torch.manual_seed(seed_of(self.cfg.seed, "stochastic depth", self.i, now.step, RANK))
-        return self.distributed(x)
-
-    def update(self, now, scaler):
-        # The last layers are frozen in the first epochs, which helps training to start [DINO].
-        if now.epoch < self.cfg.freeze_last_layer:
-            for p in self.last_layers:
-                p.grad = None
-        # Gradients get back their size, which fp16 had raised, and groups this step's rate and decay.
-        for optimizer in self.optimizers:
-            scaler.unscale_(optimizer)
-            for group in optimizer.param_groups:
-                group["lr"] = now.lr[group["family"]]
-                group["weight_decay"] = now.wd[group["family"]] if group["decays"] else 0.0
-        # Each gradient tensor is clipped by itself, so none slows another down [DINO], and on the device.
-        if self.cfg.clip_grad:
-            grads = [p.grad for p in self.params if p.grad is not None]
-            scales = (self.cfg.clip_grad / (torch.stack(torch._foreach_norm(grads)) + 1e-6)).clamp_max(1)
-            torch._foreach_mul_(grads, list(scales))
-        for optimizer in self.optimizers:
-            scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
-
-    @torch.no_grad()
-    def update_momentum_net(self, l):
-        """n_.params = l * n_.params + (1 - l) * n.params. Batch-norm statistics are n_'s own [DINO]."""
-        torch._foreach_lerp_(self.params_, self.params, 1 - l)   # n_ + (1 - l) (n - n_), which is the same
-
-    def update_centers(self, m_, t_):
-        """C = c C + (1 - c) mean of the momentum logits over global views, batch and processes [DINO]."""
-        for C, logits in ((self.n_.C_m, m_), (self.n_.C_t, t_)):
-            if logits is not None:
-                mean = sum_over_processes(logits.float().mean((0, 1))) / WORLD
-                C.lerp_(mean, 1 - self.cfg.center_momentum)
-
-def build_models(cfg, device):
-    """-> [Model, Model]. Each has its own seed, so neither depends on its partner. Fills in the lambdas."""
-    backbones, sizes = [], [cfg.global_size, cfg.local_size] if cfg.local_crops else [cfg.global_size]
-    for i in "12":
-        torch.manual_seed(seed_of(cfg.seed, "backbone", i))
-        arch, kwargs, file = [getattr(cfg, name + i) for name in ("arch", "model_kwargs", "init")]
-        backbones.append(Backbone(arch, kwargs, cfg.vit_pool, sizes, cfg.drop_path))
-        if file:
-            load_weights(backbones[-1], file, f"--init{i}")
-    # The larger backbone has lambda 1, the smaller 0.1; where they are equal, both have 1 (4.5, A.1).
-    size1, size2 = [sum(p.numel() for p in backbone.parameters()) for backbone in backbones]
-    if cfg.lambda1 is None:
-        cfg.lambda1 = 0.1 if size1 < size2 else 1.0
-    if cfg.lambda2 is None:
-        cfg.lambda2 = 0.1 if size2 < size1 else 1.0
-    return [Model(cfg, i, backbone, device) for i, backbone in enumerate(backbones, 1)]
-
-# ------------------------------------------------------------------------------------------------ Algorithm 1
-def train_step(model1, model2, x, cfg, now, scaler=None):
-    """One step of Algorithm 1 on the views x of make_views -> losses by name, momentum logits. H averages
-    over the pairs of different views; a loss that --losses leaves out is zero. A new one goes into LOSSES,
-    loss1, loss2 and named; loss1 must reach no weight of model 2, nor loss2 of model 1."""
-    losses, zero = cfg.losses, x[0].new_zeros(())
-    scaler = scaler or torch.amp.GradScaler(enabled=False)
-    n1_, n2_, tau, tau_ = model1.n_, model2.n_, cfg.student_temp, now.tau_
-    pairs = search_pairs(2 + cfg.local_crops, cfg.search)   # sorted, as search answers them
-    found_for = [(i, v) for i, (_, v) in enumerate(pairs)]   # what search i finds teaches view v
-
-    with autocast(x[0].device, cfg.dtype):
-        # The students see all views, the momentum nets the two global ones, which are x[0].
-        m1, t1, Z1 = model1.n(x, now)   # m1, t1: (V, B, K)
-        m2, t2, Z2 = model2.n(x, now)
-        with torch.no_grad():
-            m1_, t1_, Z1_ = n1_(x[:1])   # m1_, t1_: (2, B, K)
-            m2_, t2_, Z2_ = n2_(x[:1])
-            # Cross-attention feature search (3.3). Algorithm 1 writes t1_(Z2, Z1_) and t2_(Z1, Z2_), where
-            # t1_ is the T-Head, here n1_.t_head. No gradient reaches a query [released], of which the paper
-            # says nothing; so embed learns from a model's own tokens alone, in st and in ct.
-            if "ct" in losses:
-                t1_s = search(n1_.t_head, model2.net.t_head.query_of(Z2.pooled), Z1_.tokens[0], pairs)
-                t2_s = search(n2_.t_head, model1.net.t_head.query_of(Z1.pooled), Z2_.tokens[0], pairs)
-
-    # Self-distillation (3.2) through the MLP-Heads, eq. (2), and through the T-Heads, eq. (3). The paper adds
-    # the latter because ct alone would not train the T-Heads that search (3.3); here it would, by t1 and t2.
-    loss_sm1 = H(m1_, m1, n1_.C_m, tau_, tau)
-    loss_sm2 = H(m2_, m2, n2_.C_m, tau_, tau)
-    loss_st1 = H(t1_, t1, n1_.C_t, tau_, tau) if "st" in losses else zero
-    loss_st2 = H(t2_, t2, n2_.C_t, tau_, tau) if "st" in losses else zero
-
-    # Cross-distillation (3.3) through the MLP-Heads, eq. (5), and through the search, eq. (7). Algorithm 1
-    # misprints loss_ct as loss_it here.
-    C_s1, C_s2 = (n1_.C_t, n2_.C_t) if cfg.search_center else (0.0, 0.0)
-    loss_cm1 = H(m2_, m1, n2_.C_m, tau_, tau) if "cm" in losses else zero
-    loss_cm2 = H(m1_, m2, n1_.C_m, tau_, tau) if "cm" in losses else zero
-    loss_ct1 = H(t2_s, t1, C_s2, tau_, tau, found_for) if "ct" in losses else zero
-    loss_ct2 = H(t1_s, t2, C_s1, tau_, tau, found_for) if "ct" in losses else zero
-
-    # eq. (9): the sum of self-distillation, eq. (4), and lambda times the sum of cross-distillation, eq. (8)
-    loss1 = (loss_sm1 + loss_st1) + cfg.lambda1 * (loss_cm1 + loss_ct1)
-    loss2 = (loss_sm2 + loss_st2) + cfg.lambda2 * (loss_cm2 + loss_ct2)
-
-    scaler.scale(loss1).backward()
-    scaler.scale(loss2).backward()
-    model1.update(now, scaler)
-    model2.update(now, scaler)
-    scaler.update()
-
-    # n_.params = l * n_.params + (1 - l) * n.params, where the paper's print has n.params twice
-    model1.update_momentum_net(now.l)
-    model2.update_momentum_net(now.l)
-
-    # DINO's centering (A.1), which Algorithm 1 leaves out. Outputs of the search take no part.
-    model1.update_centers(m1_, t1_)
-    model2.update_centers(m2_, t2_)
-    named = dict(loss1=loss1, sm1=loss_sm1, st1=loss_st1, cm1=loss_cm1, ct1=loss_ct1,
-                 loss2=loss2, sm2=loss_sm2, st2=loss_st2, cm2=loss_cm2, ct2=loss_ct2)
-    return {name: loss.detach() for name, loss in named.items()}, dict(m1=m1_, t1=t1_, m2=m2_, t2=t2_)
-
-# ------------------------------------------------------------------------------------------------- k-NN (A.2)
-class EvalView:
-    """index -> (center crop (3, S, S) uint8, label), after the shorter side became `resize`. An unreadable
-    image is named and gets the label NO_IMAGE; negative labels count nowhere."""
-    def __init__(self, images, size, resize=None):
-        self.images, self.size, self.resize = images, size, resize or round(size * 256 / 224)   # [DINO]
-
-    def __getitem__(self, i):
-        try:
-            image, label = self.images[i]
-            image = to_rgb(image)
-        except OSError as error:
-            warn(f"skipped {error}")
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), NO_IMAGE
-        image = TF.resize(image, [self.resize], TF.InterpolationMode.BICUBIC, antialias=True)
-        return TF.center_crop(image, [self.size, self.size]), int(label)
-
-@torch.no_grad()
-def extract_features(backbones, views, device, batch_size=256, workers=0, dtype="fp32", progress=None):
-    """-> [L2-normalized pooled features (n, C) of each backbone, in half precision], labels (n,), of all
-    images with a label, for all processes. progress(done, n) is told how far it is."""
-    n = len(views.images)
-    mine = torch.arange(RANK, n, WORLD).split(batch_size)
-    features = [torch.zeros(n, b.dim, dtype=torch.half, device=device) for b in backbones]
-    labels = torch.zeros(n, dtype=torch.long, device=device)
-    nets = nn.ModuleList(backbones).eval()
-    for i, (x, y) in enumerate(make_loader(views, device, workers, batch_sampler=mine)):
-        labels[mine[i]] = y.to(device)
-        x = normalize(x.to(device, non_blocking=True).float() / 255)
-        with autocast(device, dtype):
-            for net, own in zip(nets, features):
-                own[mine[i]] = F.normalize(net(x)[0].float(), dim=1).half()
-        if progress:
-            progress((i + 1) * batch_size * WORLD, n)
-    nets.train()
-    labels = sum_over_processes(labels)   # where others have zeros
-    refuse_unreadable((labels == NO_IMAGE).sum().item(), n)
-    features = [sum_over_processes(own)[labels >= 0] for own in features]
-    if not all(own.isfinite().all() for own in features):
-        stop("features are not finite: the weights are damaged, or try --dtype fp32", 1)
-    return features, labels[labels >= 0]
-
-def knn_classify(bank, labels, queries, ks=(20,), temperature=0.07, classes=None):
-    """DINO's weighted k-NN: votes (len(ks), Q, classes) for queries (Q, D) by their k nearest in bank (n, D),
-    of labels (n,). A neighbor weighs exp(cosine / temperature), relative to the nearest; argmax predicts."""
-    votes = torch.zeros(len(ks), len(queries), classes or int(labels.max()) + 1, device=queries.device)
-    for rows in torch.arange(len(queries)).split(256):
-        query = F.normalize(queries[rows].float(), dim=1)   # half precision has changed the lengths a little
-        cosine = torch.cat([query @ F.normalize(part.float(), dim=1).T for part in bank.split(2 ** 16)], 1)
-        cosine, nearest = cosine.topk(min(max(ks), len(bank)))
-        weight = ((cosine - cosine[:, :1]) / temperature).exp()
-        for own, k in zip(votes, ks):
-            own[rows] = own[rows].scatter_add(1, labels[nearest[:, :k]], weight[:, :k])
-    return votes
-
-def knn_accuracy(backbones, train, val, cfg, device):
-    """k-NN top-1 (percent; k = 20 [DINO]) of each backbone on val, with train as the bank."""
-    options = device, cfg.batch_size // WORLD, cfg.workers
-    banks, labels = extract_features(backbones, EvalView(train, cfg.global_size), *options)
-    queries, answers = extract_features(backbones, EvalView(val, cfg.global_size), *options)
-    votes = [knn_classify(bank, labels, query)[0] for bank, query in zip(banks, queries)]
-    return [100 * (own.argmax(1) == answers).sum().item() / len(answers) for own in votes]
-
-def refuse_unlike_classes(train, val, data):
-    odd = set(getattr(train, "classes", ())) ^ set(getattr(val, "classes", ()))
-    if odd:
-        stop(f"--data {data}: train/ and val/ must have the same class folders; {min(odd)} is in one alone")
-
-# ------------------------------------------------------------------------------ checkpoints, log and training
-def write(value, path):
-    torch.save(value, path + ".tmp")
-    os.replace(path + ".tmp", path)   # so a file under its name is whole
-
-def save(cfg, models, step, scaler, images):
-    """Write the momentum backbones under timm's names, then checkpoint.pth, all that resuming needs."""
-    for m in models:
-        if not all(p.isfinite().all() for p in m.params):
-            stop(f"step {step}: weights of model {m.i} not finite: lower the rates, or use --dtype fp32", 1)
-    if RANK == 0:
-        state = dict(config=asdict(cfg), step=step, images=fingerprint(images), scaler=scaler.state_dict())
-        for m in models:
-            write(m.n_.backbone.model.state_dict(), f"{cfg.out}/model{m.i}.pth")
-            state[f"model{m.i}"] = dict(net=m.net.state_dict(), momentum_net=m.n_.state_dict(),
-                                        optimizers=[optimizer.state_dict() for optimizer in m.optimizers])
-        write(state, f"{cfg.out}/checkpoint.pth")
-
-def fingerprint(images):
-    """What must stay the same, wherever the images lie: their number, and the names of class folders."""
-    return [len(images), seed_of(*sorted(getattr(images, "classes", ())))]
-
-def read_checkpoint(path):
-    """-> the dict of a checkpoint, read whole: Windows could not replace a file that stays mapped."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()   # compares check sums; torch.load takes a flipped bit without a word
-    except Exception as error:   # damage has many names
-        damaged = error
-    if damaged:
-        stop(f"{path}: no sound checkpoint ({damaged}). Give another, or delete it to start anew")
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-def find_checkpoint(cfg, images):
-    """-> the checkpoint of --out, or None. Refuses other settings and images, and processes that disagree."""
-    path, state = f"{cfg.out}/checkpoint.pth", None
-    if os.path.exists(path):
-        state = read_checkpoint(path)
-        refused, said = [], []
-        for f in fields(cfg):
-            was, now = state["config"].get(f.name), getattr(cfg, f.name)
-            if was != now:
-                (said if f.metadata["may_differ"] else refused).append(f"--{f.name} was {was}, is {now}")
-        if refused:
-            stop(f"{path}: {'; '.join(refused)}. Give the same, or another --out, which may start from this "
-                 f"run's weights, as for more epochs: --init1 model1.pth --init2 model2.pth")
-        if state["images"] != fingerprint(images):
-            stop(f"{path}: of other images ({state['images'][0]}, now {len(images)}) or classes: give those")
-        if said:
-            say(f"resuming {path} with other settings: {'; '.join(said)}")
-    machines_own = "out data data_root workers".split()
-    settings = [getattr(cfg, f.name) for f in fields(cfg) if f.name not in machines_own]
-    mine = torch.tensor(seed_of(state and state["step"], fingerprint(images), settings))
-    if sum_over_processes(mine) != WORLD * mine:
-        stop("processes differ in settings, images or the checkpoint in --out: give all the same", 1)
-    return state
-
-def log(cfg, record):
-    if RANK == 0:
-        with open(f"{cfg.out}/log.jsonl", "a") as f:
-            f.write(json.dumps(record) + "\n")
-def means_of(window):
-    """Dicts of numbers on the device, one a step -> their means over steps and processes, on the host."""
-    values = torch.stack([torch.stack(list(numbers.values())) for numbers in window])   # (steps, names)
-    return dict(zip(window[0], (sum_over_processes(values).mean(0) / WORLD).tolist()))
-
-def target_statistics(logits, models, tau_):
-    """Of each momentum head on this batch, in nats, with p its targets: the mean entropy H(p), and the spread
-    H(mean p) - mean H(p). Without spread it says the same of every image: collapse, which no loss shows."""
-    stats = {}
-    for name, t in logits.items():
-        if t is not None:
-            center = getattr(models[int(name[1]) - 1].n_, f"C_{name[0]}")
-            p = target(t, center, tau_).flatten(0, 1)
-            stats[f"entropy_{name}"] = torch.special.entr(p).sum(-1).mean()
-            stats[f"spread_{name}"] = torch.special.entr(p.mean(0)).sum() - stats[f"entropy_{name}"]
-    return means_of([stats])
-
-def train(cfg, models, images, val, state, device):
-    """Train to the end, from the checkpoint `state` if there is one. A signal ends it after a checkpoint."""
-    scaler, step = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16"), 0
-    if state:
-        for m in models:
-            saved = state.pop(f"model{m.i}")
-            m.net.load_state_dict(saved["net"])
-            m.n_.load_state_dict(saved["momentum_net"])
-            for optimizer, own in zip(m.optimizers, saved["optimizers"]):
-                optimizer.load_state_dict(own)
-        del saved   # a checkpoint is large, and would stay in memory
-        scaler.load_state_dict(state["scaler"] or scaler.state_dict())   # fp32 has none
-        step = state["step"]
-        say(f"resumed {cfg.out}/checkpoint.pth at step {step}")
-    per_epoch = len(images) // cfg.batch_size
-    steps = cfg.epochs * per_epoch
-    shown = [name + i for i in "12" for name in ("loss", *LOSSES) if name in f"loss,{cfg.losses}"]
-    say(f"\n{'epoch':>5}{'step':>16} " + "".join(f"{name:>8}" for name in [*shown, "img/s", " min left"]))
-    unreadable, window, clock = 0, [], time.time()
-    catch_signals()
-    keys = batches(len(images), cfg, step)
-    for crops, lines in make_loader(MultiCrop(images, cfg), device, cfg.workers, batch_sampler=keys):
-        now = schedule(cfg, step, per_epoch)
-        x = make_views(crops, cfg, device, step)
-        values, logits = train_step(*models, x, cfg, now, scaler)
-        window.append(values)
-        step += 1
-        n, stopped = after_step(lines)   # a signal ends the run, after a checkpoint
-        unreadable = n if (step - 1) % per_epoch == 0 else unreadable + n   # of this epoch
-        refuse_unreadable(unreadable, len(images))
-        logging = step % cfg.log_every == 0 or step == steps
-        saving = stopped or step % (cfg.save_every or per_epoch) == 0 or step == steps
-        if logging or saving:   # only here the host waits for the device (in fp16 SGD's scaler does too)
-            means = means_of(window)
-            wrong = [name for name, value in means.items() if not math.isfinite(value)]
-            if wrong:
-                stop(f"step {step}: {', '.join(wrong)} not finite: lower the rates, or use --dtype fp32", 1)
-        if logging:
-            record = dict(epoch=now.epoch, step=step, steps=steps) | {name: means[name] for name in shown}
-            record |= {f"lr{m.i}": now.lr[m.family] for m in models}
-            record |= target_statistics(logits, models, now.tau_)
-            speed = record["images/s"] = cfg.batch_size * len(window) / (time.time() - clock)
-            left = record["minutes_left"] = (steps - step) * cfg.batch_size / speed / 60
-            record["GB"] = torch.cuda.max_memory_allocated() / 1e9   # 0 without a GPU
-            log(cfg, record)
-            columns = "".join(f"{record[name]:8.3f}" for name in shown)
-            say(f"{now.epoch:5}{f'{step}/{steps}':>16} {columns}{speed:8.0f}{left:9.0f}")
-            low = 0.01 * math.log(cfg.out_dim)   # spread is at most log K; both bounds are [ours]
-            flat = [name for name in record if name.startswith("spread") and record[name] < low]
-            if flat and step > steps / 4:   # earlier, targets may be uniform and yet part later
-                say(f"collapse? Low {', '.join(flat)}: lower --teacher_temp or rates, or higher --ema")
-            window, clock = [], time.time()
-        pause = time.time()
-        if saving:
-            save(cfg, models, step, scaler, images)
-        if stopped:
-            sum_over_processes(torch.zeros(1))   # wait for RANK 0 to save: torchrun ends all when one ends
-            stop(f"stopped by {stopped.name} after step {step}; the same command goes on", 128 + stopped)
-        if cfg.knn_every and step % (cfg.knn_every * per_epoch) == 0:
-            knn1, knn2 = knn_accuracy([m.n_.backbone for m in models], images, val, cfg, device)
-            log(cfg, dict(epoch=now.epoch, knn1=knn1, knn2=knn2))
-            say(f"k-NN top-1 after epoch {now.epoch}: {knn1:.1f} % and {knn2:.1f} %")
-        clock += time.time() - pause   # so images/s count neither checkpoints nor k-NN
-
-# --------------------------------------------------------------------------------------------------- toy data
-def turn(u, v, angle):
-    return angle.cos() * u + angle.sin() * v, angle.cos() * v - angle.sin() * u
-def outside(shape, u, v):
-    """How far points (u, v) lie outside of one of eight shapes, all of one area; negative inside."""
-    r = torch.hypot(u, v)
-    shapes = [r - 0.7,                                                   # disk
-              (r - 0.75).abs() - 0.15,                                   # ring
-              torch.maximum(u.abs() - 0.4, v.abs() - 1),                 # bar
-              torch.minimum(u.abs(), v.abs()) - 0.19,                    # cross
-              (u.abs() - 0.6).abs() - 0.17,                              # two bars
-              torch.maximum(v, 0.87 * u.abs() - 0.5 * v) - 0.54,         # triangle
-              torch.maximum(r - 1.02, u),                                # half disk
-              torch.maximum(r - 1.05, 3 * u * v)]                        # bow tie
-    return shapes[shape]
-
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+def read_flags(config, argv, about):
+    """Command line -> an object of the dataclass `config`. Of a flag that is given twice the last counts."""
+    parser = argparse.ArgumentParser(usage="%(prog)s [--FLAG ...]", description=about, allow_abbrev=False)
+    for f in fields(config):
+        options = dict(default=f.default, help=f.metadata["help"] + " (default: %(default)s)")
+        kind = f.type
+        if typing.get_args(kind):   # a tuple of two floats, say, or of any number of them
+            kind, *more = typing.get_args(kind)
+            options["nargs"] = "+" if ... in more else 1 + len(more)
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif kind is dict:
+            options.update(type=key_value, nargs="*", metavar="KEY=VALUE")
+        elif kind is str:
+            options["choices"] = f.metadata["choices"]
+        else:
+            read = functools.partial(number, kind, f.metadata["high"])
+            read.__name__ = kind.__name__   # argparse says it where a value does not fit
+            options["type"] = read
+        parser.add_argument(f"--{f.name}", **options)
+    given = vars(parser.parse_args(argv))
+    for f in fields(config):
+        if isinstance(given[f.name], list):   # so argparse gives tuples and dicts
+            given[f.name] = dict(given[f.name]) if f.type is dict else tuple(given[f.name])
+    return config(**given)
+
+# --demo stands for these flags. Those of a backbone are left out where another --arch is given.
+DEMO = """--data toy --out runs/demo --epochs 14 --batch_size 64 --warmup_epochs 1 --freeze_last_layer 0
+    --out_dim 256 --hidden_dim 256 --bottleneck_dim 32 --t_dim 48 --t_depth 1 --t_heads 3 --t_norm
+    --global_size 24 --global_scale 0.5 1 --local_size 12 --local_scale 0.3 0.8 --local_crops 2
+    --jitter 0.4 0.4 0.4 0.2 --blur 0 0 --solarize 0 --drop_path 0 --cnn_optimizer adamw --cnn_lr 0.01
+    --vit_lr 0.01 --ema 0.99 --center_momentum 0.5 --teacher_temp 0.015 --teacher_temp_start 0.015"""
+DEMO1 = ("--arch1 resnet18 --model_kwargs1 layers=1,1,1,1 channels=16,32,48,64 stem_type=deep stem_width=8 "
+         "output_stride=8")
+DEMO2 = "--arch2 vit_tiny --model_kwargs2 img_size=24 patch_size=4 embed_dim=64 depth=3 num_heads=2"
+
+def parse_args(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if "--demo" in argv:
+        given = " ".join(argv)
+        demo1 = "" if "--arch1" in given else DEMO1
+        demo2 = "" if "--arch2" in given else DEMO2
+        argv = f"{DEMO} {demo1} {demo2}".split() + argv
+    cfg = read_flags(Config, argv, __doc__.split("\n\n")[0])
+    losses = set(cfg.losses.split(","))
+    if not {"sm"} <= losses <= {"sm", "cm", "st", "ct"}:
+        stop(f"--losses {cfg.losses}: give sm and any of cm,st,ct, with commas between them")
+    if cfg.warmup_epochs > cfg.epochs:
+        stop(f"--warmup_epochs {cfg.warmup_epochs} is more than --epochs {cfg.epochs}: lower it")
+    if cfg.search == "local" and not cfg.local_crops:
+        stop("--search local needs --local_crops of at least 1")
+    return cfg
+
+# ------------------------------------------------------------------------------------------------- toy images
 def draw_toy(n, seed, size=48, cells=16):
     """The built-in data: images (n, 3, size, size) uint8, labels (n,). A class is a shape, repeated on a
     turned grid in many colors, sizes and angles, so that pixels and colors say little about it."""
@@ -1076,6 +1106,7 @@ def draw_toy(n, seed, size=48, cells=16):
         rows = (labels == shape).nonzero().flatten()
         def rand(*dims):
             return torch.rand(len(rows), *dims, generator=g)
+        # Where is each pixel on the turned grid, and in which cell? A cell holds a copy of the shape.
         angle, period = 2 * math.pi * rand(1, 1), 8 + 3 * rand(1, 1)
         u, v = turn(grid, grid[:, None], angle)
         u, v = u / period + rand(1, 1) + cells / 2, v / period + rand(1, 1) + cells / 2
@@ -1084,11 +1115,28 @@ def draw_toy(n, seed, size=48, cells=16):
             return rand(k, cells ** 2).gather(2, cell.expand(-1, k, -1)).unflatten(2, (size, size))
         angle, radius = rand_of_copy(2).unbind(1)
         color, ground, radius = 0.6 + 0.4 * rand_of_copy(3), 0.3 * rand_of_copy(3), 0.38 + 0.12 * radius
+        # The pixel's place within its copy, turned and scaled; copies end at the square around the shape.
         u, v = turn((u % 1 - 0.5) / radius, (v % 1 - 0.5) / radius, 2 * math.pi * angle)
         distance = torch.maximum(outside(shape, u, v), torch.maximum(u.abs(), v.abs()) - 1.1)
         inside = torch.sigmoid(-6 * distance)[:, None]
         images[rows] = (255 * torch.lerp(ground, color, inside)).to(torch.uint8)
     return images, labels
+
+def turn(u, v, angle):
+    return angle.cos() * u + angle.sin() * v, angle.cos() * v - angle.sin() * u
+
+def outside(shape, u, v):
+    """How far points (u, v) lie outside of one of eight shapes, all of one area; negative inside."""
+    r, x, y = torch.hypot(u, v), u.abs(), v.abs()
+    shapes = [r - 0.7,                                             # disk
+              (r - 0.75).abs() - 0.15,                             # ring
+              torch.maximum(x - 0.4, y - 1),                       # bar
+              torch.minimum(x, y) - 0.19,                          # cross
+              (x - 0.6).abs() - 0.17,                              # two bars
+              torch.maximum(v, 0.87 * x - 0.5 * v) - 0.54,         # triangle
+              torch.maximum(r - 1.02, u),                          # half disk
+              torch.maximum(r - 1.05, 3 * u * v)]                  # bow tie
+    return shapes[shape]
 
 # ------------------------------------------------------------------------------------------------------- main
 def timm_call(backbone, file):

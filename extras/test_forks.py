@@ -1,4 +1,5 @@
 """Each patch in extras/forks is applied to a copy of mokd.py, which then shows its effect."""
+import copy
 import importlib.util
 import json
 import os
@@ -48,7 +49,7 @@ def plain(tmp_path_factory):
 def test_every_fork_is_small_and_tested():
     for file in (HERE / "forks").iterdir():
         added = file.read_text().count("\n+") - 1   # one is +++ b/mokd.py
-        assert added <= dict(release=45, tensorboard=5).get(file.stem, 12)
+        assert added <= dict(release=45).get(file.stem, 12)
         assert any(test.startswith(f"test_{file.stem}_") for test in globals())
 
 def test_koleo_changes_both_models_and_is_logged(plain, tmp_path):
@@ -125,12 +126,13 @@ def test_release_switches_every_row(tmp_path):
     (CNN.format(1) + CNN.format(2), (1, 1), 384), (VIT.format(1, 24) + VIT.format(2, 32), (0.1, 1), 384)])
 def test_release_builds_and_trains_any_pair(pair, lambdas, width, tmp_path):
     mokd = patched("release", tmp_path)
-    mokd.H, mokd.train = Mock(wraps=mokd.H), Mock(wraps=mokd.train)
+    mokd.target, mokd.train = Mock(wraps=mokd.target), Mock(wraps=mokd.train)
     mokd.main(f"{SMALL} {pair} --recipe release --batch_size 128 --out {tmp_path}/out".split())
     cfg, models = mokd.train.call_args.args[:2]
     assert (cfg.lambda1, cfg.lambda2, cfg.t_dim) == (*lambdas, width)
     own = [0.04 if m.family == "cnn" else 0.07 for m in models]   # tau' in epoch 0, for sm and st
-    assert [call.args[3] for call in mokd.H.call_args_list] == (own * 2 + [0.07] * 4) * 4
+    taus = [own[0], own[0], own[1], own[1], 0.07, 0.07, 0.07, 0.07]   # then for cm and ct
+    assert [call.args[2] for call in mokd.target.call_args_list] == taus * 4
     for m in models:
         assert m.family == "cnn" or 0.01 < m.n_.backbone.model.cls_token.std() < 0.04
         for optimizer in m.optimizers:
@@ -138,6 +140,32 @@ def test_release_builds_and_trains_any_pair(pair, lambdas, width, tmp_path):
             for group in optimizer.param_groups:
                 t_head = group["family"] != m.family   # of a CNN
                 assert {t_head or p.dim() > 1 for p in group["params"]} == {group["decays"]}
+
+def test_release_teaches_itself_and_the_other_model_at_their_own_temperatures(tmp_path):
+    """In an epoch in which tau' has not risen for a CNN's self-distillation. The stored step has one tau'."""
+    mokd = patched("release", tmp_path)
+    flags = SMALL + CNN.format(1) + VIT.format(2, 24) + "--recipe release --drop_path 0 --lambda1 1 --lambda2 1"
+    cfg, cpu = mokd.parse_args(flags.split()), torch.device("cpu")
+    models, now = mokd.build_models(cfg, cpu), mokd.schedule(cfg, 0, 10)
+    assert (now.tau_cnn, now.tau_) == (0.04, 0.07)
+    x = [torch.randn(64, 3, 32, 32), torch.randn(64, 3, 16, 16)]
+    with torch.no_grad():
+        (m1, t1, Z1), (m2, t2, Z2) = [copy.deepcopy(m.net)(x) for m in models]
+        (m1_, t1_, Z1_), (m2_, t2_, Z2_) = [copy.deepcopy(m.n_)(x[:1]) for m in models]
+        n2_ = models[1].n_
+        found = [n2_.t_head(Z2_.tokens[0][:32], models[0].net.t_head.query_of(Z1.pooled[v])) for v in (2, 3)]
+
+    def H(teacher, student, tau_, pairs):
+        losses = [-((teacher[i] / tau_).softmax(1) * (student[v] / 0.1).log_softmax(1)).sum(1).mean()
+                  for i, v in pairs]
+        return float(sum(losses) / len(losses))
+    views = [(g, v) for g in range(2) for v in range(4) if v != g]
+    expected = dict(sm1=H(m1_, m1, 0.04, views), st1=H(t1_, t1, 0.04, views), cm1=H(m2_, m1, 0.07, views),
+                    ct1=H(found, t1, 0.07, [(0, 2), (1, 3)]), sm2=H(m2_, m2, 0.07, views),
+                    st2=H(t2_, t2, 0.07, views), cm2=H(m1_, m2, 0.07, views))
+    losses, _ = mokd.train_step(*models, x, cfg, now)
+    for name, value in expected.items():
+        assert float(losses[name]) == pytest.approx(value, rel=1e-5), name
 
 def test_release_takes_the_stored_step_of_the_released_code(tmp_path):
     patched("release", tmp_path)
