@@ -16,6 +16,7 @@ import time
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerNorm
 from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.data import DataLoader
@@ -68,7 +69,6 @@ def step(n1, n2, n1_, n2_, C, x, optimizer, l):
     loss_ct2 = H(t1_s, t2[v])
     loss1 = (loss_sm1 + loss_st1) + LAMBDA1 * (loss_cm1 + loss_ct1)   # eq. (9), of eq. (4) and (8)
     loss2 = (loss_sm2 + loss_st2) + LAMBDA2 * (loss_cm2 + loss_ct2)
-
     optimizer.zero_grad()
     (loss1 + loss2).backward()   # each reaches the weights of its own model alone
     optimizer.step()
@@ -102,8 +102,8 @@ class Net(nn.Module):
         self.last_m = last_layer(BOTTLENECK_DIM)
         self.embed = nn.Linear(C, T_DIM)   # Conv1x1
         self.pos = nn.Parameter(0.02 * torch.randn(1, T_DIM, math.isqrt(N), math.isqrt(N)))
-        blocks = [Block(T_DIM, T_HEADS, qkv_bias=True) for _ in range(T_DEPTH)]
-        self.blocks = nn.Sequential(*blocks, nn.LayerNorm(T_DIM))
+        body = [Block(T_DIM, T_HEADS, qkv_bias=True, norm_layer=LayerNorm) for _ in range(T_DEPTH)]
+        self.blocks = nn.Sequential(*body, LayerNorm(T_DIM))
         self.last_t = last_layer(T_DIM)
 
     def tokens(self, images):
@@ -145,7 +145,7 @@ def view_of(size, scale):
     return v2.Compose([
         v2.RandomResizedCrop(size, scale),
         v2.RandomHorizontalFlip(),
-        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
         v2.RandomGrayscale(0.2),
         v2.RandomSolarize(128, p=0.1),
         TO_TENSOR])
@@ -188,7 +188,7 @@ def main(argv=None):
             images = datasets.ImageFolder(f"{args.data}/{part}", transform)
         else:
             images = datasets.CIFAR10("data", part == "train", transform, download=True)
-        return DataLoader(images, BATCH_SIZE, shuffle=training, drop_last=training,
+        return DataLoader(images, BATCH_SIZE, training, drop_last=training,
                           num_workers=args.workers)
     loader = loader_of("train", multi_crop, training=True)
     train = loader_of("train", WHOLE)
@@ -212,7 +212,7 @@ def main(argv=None):
             done = epoch + i / len(loader)
             cosine = (1 + math.cos(math.pi * done / args.epochs)) / 2   # from 1 to 0
             optimizer.param_groups[0]["lr"] = LR * cosine * min(1, done)   # after an epoch's rise
-            losses += step(n1, n2, n1_, n2_, C, x, optimizer, l=1 - (1 - EMA) * cosine)
+            losses += step(n1, n2, n1_, n2_, C, x, optimizer, 1 - (1 - EMA) * cosine)
         means = "".join(f" {loss:.3f}" for loss in losses / len(loader))
         report(f"epoch {epoch + 1}  sm, st, cm, ct of 1, 2:{means}  {time.time() - start:.0f} s")
 
