@@ -118,7 +118,7 @@ class Net(nn.Module):
     def t_head(self, Z, query=None):
         """Tokens (B, N, C) and a query (B, T_DIM) -> logits (B, K), by ViT blocks and a layer."""
         N = Z.shape[1]
-        pos = F.interpolate(self.pos, [math.isqrt(N)] * 2, mode="bicubic")   # for local views
+        pos = F.interpolate(self.pos, math.isqrt(N), mode="bicubic")   # for local views
         x = self.embed(Z) + pos.flatten(2).mT
         if query is not None:
             x = torch.cat([query[:, None], x], 1)   # one more token, without a position
@@ -141,7 +141,7 @@ def last_layer(in_dim):
     return layer
 
 def view_of(size, scale):
-    """DINO's augmentations, without its blur, which asks for larger images: v2.GaussianBlur(13)."""
+    """DINO's, but for blur: at 224 pixels v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], 0.5)."""
     return v2.Compose([
         v2.RandomResizedCrop(size, scale),
         v2.RandomHorizontalFlip(),
@@ -182,15 +182,15 @@ def main(argv=None):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     device = args.device
+    torch.manual_seed(0)
 
-    def loader_of(part, transform, training=False):
+    def loader_of(part, transform, shuffle=False):
         if args.data:
             images = datasets.ImageFolder(f"{args.data}/{part}", transform)
         else:
             images = datasets.CIFAR10("data", part == "train", transform, download=True)
-        return DataLoader(images, BATCH_SIZE, training, drop_last=training,
-                          num_workers=args.workers)
-    loader = loader_of("train", multi_crop, training=True)
+        return DataLoader(images, BATCH_SIZE, shuffle, drop_last=shuffle, num_workers=args.workers)
+    loader = loader_of("train", multi_crop, shuffle=True)
     train = loader_of("train", WHOLE)
     val = loader_of("val", WHOLE)
     n1 = Net(MODEL1).to(device)
