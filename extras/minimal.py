@@ -141,7 +141,7 @@ def last_layer(in_dim):
     return layer
 
 def view_of(size, scale):
-    """DINO's, but for blur: at 224 pixels v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], 0.5)."""
+    """DINO's, but for blur. At 224 pixels: v2.RandomApply([v2.GaussianBlur(13, (0.1, 2))], 0.5)."""
     return v2.Compose([
         v2.RandomResizedCrop(size, scale),
         v2.RandomHorizontalFlip(),

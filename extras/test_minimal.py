@@ -149,6 +149,12 @@ def test_main_trains_on_a_folder_and_prints_losses_and_knn(tmp_path, capsys):
     steps, step = [], minimal.step
 
     def step_seen(n1, n2, n1_, n2_, C, x, optimizer, l):
+        trained = {p for group in optimizer.param_groups for p in group["params"]}
+        assert trained == {*n1.parameters(), *n2.parameters()}
+        assert not trained & {*n1_.parameters(), *n2_.parameters()}
+        if not steps:   # at first momentum nets equal their students, and gains are 1
+            assert all(map(torch.equal, [*n1.parameters(), *n2.parameters()], [*n1_.parameters(), *n2_.parameters()]))
+            assert all((last.parametrizations.weight.original0 == 1).all() for last in (n1.last_m, n2.last_t))
         steps.append((l, optimizer.param_groups[0]["lr"]))
         assert [views.shape for views in x] == [(64, 3, 24, 24), (64, 3, 18, 18)]
         assert not torch.equal(x[0][:32], x[0][32:])   # two views, two crops
