@@ -21,12 +21,23 @@ import eval_coco   # noqa: E402
 import eval_knn   # noqa: E402
 import eval_linear   # noqa: E402
 import figures   # noqa: E402
+import minimal   # noqa: E402
 import mokd   # noqa: E402
 import results   # noqa: E402
 
+
+
+def parse_minimal(argv):
+    """minimal.py reads its flags in main, which next wants images; here it finds none."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(AttributeError):
+        patch.setattr(minimal, "datasets", None)
+        minimal.main(argv)
+
+
 PARSERS = {"mokd.py": mokd.parse_args, "eval_knn.py": eval_knn.parse, "eval_linear.py": eval_linear.parse,
            "extras/eval_coco.py": eval_coco.parse, "extras/figures.py": figures.parse,
-           "extras/benchmark.py": benchmark.parse, "extras/results.py": results.parse}
+           "extras/benchmark.py": benchmark.parse, "extras/results.py": results.parse,
+           "extras/minimal.py": parse_minimal}
 FILES = ["README.md", "extras/README.md", "extras/RESULTS.md", "extras/TABLES.md", "extras/DIFFERENCES.md"]
 # In place of programs the shell of a document calls functions that print what they are called with.
 STUBS = r"""
@@ -84,7 +95,7 @@ def test_rows_of_cifar_10_come_out_of_the_committed_logs(capsys):
 def test_every_flag_that_the_text_names_exists():
     known = "--recipe --nproc_per_node --nnodes --rdzv_backend --rdzv_endpoint --help".split()
     for source in ("mokd.py", "eval_knn.py", "eval_linear.py", "extras/eval_coco.py", "extras/figures.py",
-                   "extras/benchmark.py", "extras/results.py"):
+                   "extras/benchmark.py", "extras/results.py", "extras/minimal.py"):
         text = text_of(source)
         known += [f"--{name}" for name in re.findall(r"^    (\w+): ", text, re.M)]   # a dataclass of flags
         known += re.findall(r'"(--\w+)"', text)
