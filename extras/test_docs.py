@@ -3,7 +3,10 @@ in RESULTS.md are what the committed logs say.
 
     python -m pytest -q extras/test_docs.py
 """
+import ast
+import glob
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -91,6 +94,28 @@ def test_every_flag_that_the_text_names_exists():
     for file in FILES[:-1]:   # DIFFERENCES.md also names flags that are gone
         for name in re.findall(r"`(--[a-z0-9_-]+)", text_of(file)):
             assert name.replace("--no-", "--") in known, (file, name)
+
+
+def test_every_name_that_one_file_takes_from_another_exists():
+    """Also where the line runs late: at the hundredth image, say, or after all training."""
+    sources = [text_of(file) for file in glob.glob("*.py", root_dir=ROOT)]
+    sources += [text_of(f"extras/{file}") for file in glob.glob("*.py", root_dir=HERE)]
+    for cell in json.loads(text_of("extras/walkthrough.ipynb"))["cells"]:
+        if cell["cell_type"] == "code":
+            sources.append("".join(cell["source"]))
+    for file in FILES:
+        sources += re.findall(r"```python\n(.*?)```", text_of(file), re.S)
+    modules = dict(mokd=mokd, eval_knn=eval_knn, eval_linear=eval_linear, eval_coco=eval_coco, figures=figures)
+    for source in sources:
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                module, names = node.value.id, [node.attr]
+            elif isinstance(node, ast.ImportFrom):
+                module, names = node.module, [alias.name for alias in node.names]
+            else:
+                continue
+            for name in names:
+                assert module not in modules or hasattr(modules[module], name), f"{module}.{name}"
 
 
 def test_every_file_that_the_text_links_exists():
