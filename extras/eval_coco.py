@@ -63,8 +63,8 @@ class Config:
     dtype: str = changeable("auto", "of trunk and layer4; auto: bf16, fp16 on older GPUs, fp32 on the CPU",
                             choices=("auto", "bf16", "fp16", "fp32"))
     log_every: int = changeable(20, "steps between log lines; 0: none")
-    save_every: int = changeable(2500, "steps between checkpoints, from which the same command goes on; 0: one"
-                                       " at the end")
+    save_every: int = changeable(2500, "steps between checkpoints, from which the same command goes on; 0:"
+                                       " one at the end")
     run = None   # no flag: the settings of the checkpoint's run
 
 def parse(argv=None):

