@@ -34,7 +34,7 @@ class Source:
     resize: int = flag(None, "shorter side before the center crop; unset: image_size * 256 / 224 [DINO]")
     workers: int = changeable(None, "loaders of each process; raise it if the GPU waits for data")
     seed: int = flag(0, "seed of everything that is drawn")
-    run = None   # no flag: the settings of the last checkpoint's run, which load_backbones puts here
+    run = None   # no flag: settings and step of the last checkpoint's run, which load_backbones puts here
 
 @dataclass
 class Config(Source):
@@ -70,7 +70,7 @@ def load_backbones(cfg):
         state = mokd.read_checkpoint(file)
         if "model1" not in state:
             stop(f"--checkpoint {file}: not of a run of mokd.py; weights go with --arch NAME --weights FILE")
-        cfg.run = run = state["config"]
+        cfg.run = run = state["config"] | dict(step=state["step"])
         cfg.data = cfg.data or run["data"]
         cfg.data_root = cfg.data_root or run["data_root"]
         cfg.image_size = cfg.image_size or run["global_size"]

@@ -65,7 +65,7 @@ class Config:
     log_every: int = changeable(20, "steps between log lines; 0: none")
     save_every: int = changeable(2500, "steps between checkpoints, from which the same command goes on; 0:"
                                        " one at the end")
-    run = None   # no flag: the settings of the checkpoint's run
+    run = None   # no flag: settings and step of the checkpoint's run
 
 def parse(argv=None):
     cfg = mokd.read_flags(Config, argv, __doc__.split("\n\n")[0])
@@ -311,6 +311,8 @@ def run(cfg):
     images, val = open_coco(TrainingImages, cfg, "train"), open_coco(CocoDetection, cfg, "val")
     if sorted(val.coco.cats) != images.categories:
         mokd.stop(f"--data {cfg.data}: val2017 has other categories than train2017")
+    if len(images) < cfg.batch_size:
+        mokd.stop(f"--batch_size {cfg.batch_size} is more than the {len(images)} images: lower it")
     images.seed = cfg.seed
     net = build(cfg, len(images.categories), device)
     os.makedirs(cfg.out, exist_ok=True)

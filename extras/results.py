@@ -22,9 +22,12 @@ Run = namedtuple("Run", "found file kind seed settings records")
 def logs_of(argument):
     """-> {file of a log: the file or folder that the argument names}."""
     logs = {}
-    for found in [argument] if os.path.exists(argument) else sorted(glob.glob(argument)):
-        inside = os.path.join(glob.escape(found), "**", "*.jsonl*")
-        for file in sorted(glob.glob(inside, recursive=True)) if os.path.isdir(found) else [found]:
+    whole = os.path.exists(argument)   # its brackets are no pattern
+    for found in [argument] if whole else sorted(glob.glob(argument)):
+        files = [found]
+        if os.path.isdir(found):
+            files = sorted(glob.glob(os.path.join(glob.escape(found), "**", "*.jsonl*"), recursive=True))
+        for file in files:
             if os.path.basename(file) == "log.jsonl" or file.endswith(".jsonl.gz"):
                 logs[file] = found
     if not logs:

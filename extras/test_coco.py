@@ -255,9 +255,9 @@ def test_training_learns_and_goes_on_where_it_was_cut(data, tmp_path, monkeypatc
     first, last = [sum(part) / 5 for part in (losses[:5], losses[-5:])]
     assert last < 0.8 * first
     assert {*json.loads((tmp_path / "results.json").read_text())["results"]} == {"box", "mask"}
-    for other in (["--seed", "1"], ["--batch_size", "0"]):
-        with pytest.raises(SystemExit):
-            mokd.main([*args, *other], eval_coco.parse, eval_coco.run)
+    for other in ("--seed 1", f"--batch_size 0 --out {tmp_path}/a", f"--batch_size 39 --out {tmp_path}/b"):
+        with pytest.raises(SystemExit):   # other settings, no images, more than the 38 that teach
+            mokd.main([*args, *other.split()], eval_coco.parse, eval_coco.run)
     mokd.main([*args, *f"--iterations 2 --log_every 0 --save_every 0 --out {tmp_path}/silent".split()],
               eval_coco.parse, eval_coco.run)
     assert len(open(tmp_path / "silent" / "log.jsonl").readlines()) == 1   # the settings

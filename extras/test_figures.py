@@ -184,10 +184,10 @@ def test_curves_show_means_with_deviations_as_bands(reduced, tmp_path):
         found = {round(float(y), 4) for x, y in edges if x == epoch}
         assert found == {round(mean - deviation, 4), round(mean + deviation, 4)}
 
-def write_evaluation(folder, run, **settings):
+def write_evaluation(folder, run, step=9, **settings):
     """The log of eval_linear.py on a run of write_logs: its second model reaches 65 %, and 70 %."""
     folder.mkdir(parents=True)
-    start = json.loads((run / "log.jsonl").read_text().splitlines()[0])["settings"]
+    start = json.loads((run / "log.jsonl").read_text().splitlines()[0])["settings"] | dict(step=step)
     own = asdict(eval_linear.parse(["--checkpoint", f"{run}/checkpoint.pth", "--data", "toy"])) | settings
     rates = {"2 vit": {"0.1": dict(top1=65.0), "1": dict(top1=70.0)}}
     lines = [dict(settings=own, step=0, run=start), dict(epoch=1, results={}), dict(epoch=2, results=rates)]
@@ -212,6 +212,9 @@ def test_results_are_paired_by_seed(tmp_path, capsys):
                       "| linear probing top-1 on toy after 3 epochs"]
     for seed in (0, 1):   # in the table of fine-tuning, in that of linear probing
         assert lines.count(f"| {tmp_path}/alone | {seed} |  | 70.0 |") == 1
+    write_evaluation(tmp_path / "alone/0/l1-0.1", tmp_path / "alone/0", step=8)   # before the run had ended
+    with pytest.raises(SystemExit, match="run's step"):
+        results.main([f"{tmp_path}/alone"])
 
 def test_a_pattern_has_a_row_for_each_setting_and_brackets_are_taken_as_they_are(tmp_path, capsys):
     for name in ("lr[0.1]", "sm", "st"):
