@@ -8,10 +8,7 @@ The bank holds the L2-normalized pooled feature of each labeled training image's
 similar ones vote for the class of a validation image, each with weight exp(cosine / 0.07) [DINO]. Results are
 printed, and appended as one record to knn.jsonl beside the checkpoint, or beside the file of --weights.
 """
-import itertools
-import json
-import os
-import time
+import itertools, json, os, time   # noqa: E401
 from dataclasses import asdict, dataclass
 
 import torch
@@ -37,6 +34,7 @@ class Source:
     resize: int = flag(None, "shorter side before the center crop; unset: image_size * 256 / 224 [DINO]")
     workers: int = changeable(None, "loaders of each process; raise it if the GPU waits for data")
     seed: int = flag(0, "seed of everything that is drawn")
+    run = None   # no flag: settings and step of the last checkpoint's run, which load_backbones puts here
 
 @dataclass
 class Config(Source):
@@ -49,8 +47,8 @@ class Config(Source):
 
 def parse(argv=None):
     cfg = mokd.read_flags(Config, argv, __doc__.split("\n\n")[0])
-    if not cfg.temperature or 0 in cfg.k:
-        stop("--k and --temperature must be more than 0")
+    if 0 in (*cfg.k, cfg.temperature, cfg.batch_size, cfg.image_size, cfg.resize):
+        stop("--k, --temperature, --batch_size, --image_size and --resize must be more than 0")
     return cfg
 
 def load_backbones(cfg):
@@ -72,7 +70,7 @@ def load_backbones(cfg):
         state = mokd.read_checkpoint(file)
         if "model1" not in state:
             stop(f"--checkpoint {file}: not of a run of mokd.py; weights go with --arch NAME --weights FILE")
-        run = state["config"]
+        cfg.run = run = state["config"] | dict(step=state["step"])
         cfg.data = cfg.data or run["data"]
         cfg.data_root = cfg.data_root or run["data_root"]
         cfg.image_size = cfg.image_size or run["global_size"]
@@ -82,7 +80,7 @@ def load_backbones(cfg):
             weights = state[f"model{i}"]["momentum_net" if cfg.net == "momentum" else "net"]
             own = {name[9:]: w for name, w in weights.items() if name.startswith("backbone.")}
             backbone.load_state_dict(own)
-            folder = f"{os.path.dirname(file)}: " if len(files) > 1 else ""
+            folder = file.removesuffix("/checkpoint.pth") + ": " if len(files) > 1 else ""
             backbones[f"{folder}{i} {arch}"] = backbone
     return backbones
 
@@ -126,7 +124,7 @@ def classify(bank, labels, queries, answers, cfg, classes):
     """For queries (Q, D) of classes answers (Q,) -> (2, len(k), Q): the class with the most votes, and the
     place of the true one among all, 0 the first. As in DINO, the lower of two equal classes comes first."""
     found = torch.zeros(2, len(cfg.k), len(queries), dtype=torch.long, device=queries.device)
-    for rows in torch.arange(RANK, len(queries), WORLD).split(1024):   # this process's share
+    for rows in torch.arange(len(queries))[RANK::WORLD].split(1024):   # this process's share
         votes = mokd.knn_classify(bank, labels, queries[rows], cfg.k, cfg.temperature, classes)
         ranked = votes.argsort(dim=-1, descending=True, stable=True)
         found[0, :, rows] = ranked[..., 0]
@@ -136,6 +134,8 @@ def classify(bank, labels, queries, answers, cfg, classes):
 def run(cfg):
     device = mokd.join_processes(cfg)
     backbones = load_backbones(cfg)
+    if cfg.save:   # now, because a missing folder would cost all that follows
+        os.makedirs(os.path.dirname(cfg.save) or ".", exist_ok=True)
     train, val, classes = labeled_data(cfg)
     nets = [backbone.to(device) for backbone in backbones.values()]
     features = {}

@@ -41,12 +41,14 @@ class Config(Source):
 
     out: str = changeable("", "folder of results; unset: linear or finetune beside the checkpoint")
     dtype: str = flag("auto", "of autocast, as for mokd.py", choices=("auto", "bf16", "fp16", "fp32"))
-    log_every: int = changeable(20, "steps between log lines")
+    log_every: int = changeable(20, "steps between log lines; 0: none")
 
 def parse(argv=None):
     cfg = mokd.read_flags(Config, argv, __doc__.split("\n\n")[0])
     if cfg.finetune and len(cfg.lr) > 1:
         stop("--finetune trains one rate a run: give one --lr, and an --out for each")
+    if 0 in (cfg.batch_size, cfg.epochs, cfg.label_fraction, cfg.image_size, cfg.resize):
+        stop("--batch_size, --epochs, --label_fraction, --image_size and --resize must be more than 0")
     if cfg.warmup_epochs > cfg.epochs:
         stop(f"--warmup_epochs {cfg.warmup_epochs} is more than --epochs {cfg.epochs}: lower it")
     cfg.batch_size = cfg.batch_size or (1024 if cfg.finetune else 2048)
@@ -176,8 +178,9 @@ def evaluate(net, images, cfg, device):
     net.eval()
     views = mokd.EvalView(images, cfg.image_size, cfg.resize)
     batch = min(256, cfg.batch_size // WORLD)
-    mine = torch.arange(RANK, len(images), WORLD).split(batch)
-    counts, unreadable, progress = 0, torch.tensor(0), progress_of("validation")
+    mine = [rows for rows in torch.arange(len(images))[RANK::WORLD].split(batch) if len(rows)]
+    counts = torch.zeros(3, len(net.rates), device=device)   # a process may have no image
+    unreadable, progress = torch.tensor(0), progress_of("validation")
     for i, (x, y) in enumerate(mokd.make_loader(views, device, cfg.workers, batch_sampler=mine), 1):
         unreadable += (y == mokd.NO_IMAGE).sum()
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
@@ -251,6 +254,8 @@ def train(cfg, net, images, val, state, device):
     steps, warmup = cfg.epochs * per_epoch, cfg.warmup_epochs * per_epoch
     first, unreadable, window, start = step, 0, [], time.time()
     clock = start
+    if step < steps:
+        mokd.log(cfg, dict(settings=asdict(cfg), step=step, run=cfg.run))
     net.train()
     mokd.catch_signals()
     keys = mokd.batches(len(images), cfg, step)
@@ -259,14 +264,14 @@ def train(cfg, net, images, val, state, device):
         factor = mokd.cosine_schedule(step, steps, 1.0, 0.0, warmup)
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         window.append(train_step(distributed, x, y, cfg, optimizer, scaler, factor))
-        epoch = step // per_epoch + 1
+        epoch = step // per_epoch
         step += 1
 
         # Decide what this step ends with. A signal ends the run, after a checkpoint.
         n, number = mokd.after_step(lines)
         unreadable = n if (step - 1) % per_epoch == 0 else unreadable + n   # of this epoch
         mokd.refuse_unreadable(unreadable, len(images))
-        if step % cfg.log_every == 0 or step == steps or number:
+        if cfg.log_every and (step % cfg.log_every == 0 or step == steps or number):
             losses = mokd.sum_over_processes(torch.stack(window).mean(0)) / WORLD
             record = {"epoch": epoch, "step": step, "steps": steps, "lr/peak": factor}
             named = zip(net.rates, losses.tolist())
@@ -282,7 +287,7 @@ def train(cfg, net, images, val, state, device):
             results = evaluate(net, val, cfg, device)
             mokd.log(cfg, dict(epoch=epoch, results=results))
             best = [f"{name} {rates[best_of(rates)]['top1']:.2f}" for name, rates in results.items()]
-            say(f"epoch {epoch}: best top-1 {', '.join(best)} %")
+            say(f"best top-1 after epoch {epoch}: {', '.join(best)} %")
         if step % per_epoch == 0 or number:
             save(cfg, net, optimizer, scaler, step, results, images)
         if number:

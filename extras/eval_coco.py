@@ -62,11 +62,15 @@ class Config:
     seed: int = flag(0, "seed of everything that is drawn")
     dtype: str = changeable("auto", "of trunk and layer4; auto: bf16, fp16 on older GPUs, fp32 on the CPU",
                             choices=("auto", "bf16", "fp16", "fp32"))
-    log_every: int = changeable(20, "steps between log lines")
-    save_every: int = changeable(2500, "steps between checkpoints, from which the same command goes on")
+    log_every: int = changeable(20, "steps between log lines; 0: none")
+    save_every: int = changeable(2500, "steps between checkpoints, from which the same command goes on; 0:"
+                                       " one at the end")
+    run = None   # no flag: settings and step of the checkpoint's run
 
 def parse(argv=None):
     cfg = mokd.read_flags(Config, argv, __doc__.split("\n\n")[0])
+    if 0 in (cfg.batch_size, cfg.regions, cfg.test_size, cfg.max_size, *cfg.train_size, *cfg.anchors):
+        mokd.stop("--batch_size, --regions, --anchors and sizes must be more than 0")
     if not cfg.out:
         run = os.path.dirname(cfg.checkpoint)
         cfg.out = os.path.join(run, f"coco{cfg.model}") if cfg.checkpoint else f"runs/coco-{cfg.arch}"
@@ -168,6 +172,7 @@ def build(cfg, classes, device):
     names = "checkpoint", "model", "arch", "weights", "model_kwargs", "seed"
     source = eval_knn.Source(**{name: getattr(cfg, name) for name in names})
     backbone, = eval_knn.load_backbones(source).values()
+    cfg.run = source.run
     resnet = backbone.model
     torch.manual_seed(mokd.seed_of(cfg.seed, "detector"))
     trunk = Layers(cfg.dtype, resnet.conv1, resnet.bn1, resnet.act1, resnet.maxpool,
@@ -203,7 +208,7 @@ def detect(net, images, cfg, device):
     net.eval()
     net.transform.min_size = [cfg.test_size]
     categories = sorted(images.coco.cats)
-    found, start = [], time.time()
+    found, progress = [], eval_knn.progress_of("test images")
     mine = range(RANK, len(images), WORLD)
     loader = mokd.make_loader(Subset(images, mine), device, cfg.workers, batch_size=None, collate_fn=list)
     for i, (image, _) in zip(mine, loader):
@@ -214,8 +219,7 @@ def detect(net, images, cfg, device):
             found.append(dict(image_id=images.ids[i], category_id=categories[label - 1], score=score,
                               bbox=[x1, y1, x2 - x1, y2 - y1],
                               segmentation=run_lengths.encode(np.asfortranarray(mask))))
-        if i // WORLD % 100 == 99:
-            mokd.show_progress("test images", i + 1, len(images), start)
+        progress(i + 1, len(images))
     if WORLD > 1:
         parts = [None] * WORLD
         dist.all_gather_object(parts, found)
@@ -258,6 +262,8 @@ def train(cfg, net, images, device):
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())
         first = state["step"]
         say(f"resumed {path} at step {first}")
+    if first < cfg.iterations:
+        mokd.log(cfg, dict(settings=asdict(cfg), step=first, run=cfg.run))
     net.train()
     distributed = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
 
@@ -281,12 +287,14 @@ def train(cfg, net, images, device):
         optimizer.zero_grad()
         window.append({name: value.detach() for name, value in dict(loss=loss, **losses).items()})
 
-        saving = step % cfg.save_every == 0 or step == cfg.iterations
-        if saving or step % cfg.log_every == 0:
+        saving = step % (cfg.save_every or cfg.iterations) == 0 or step == cfg.iterations
+        logging = cfg.log_every > 0 and (saving or step % cfg.log_every == 0)
+        if saving or logging:
             means = mokd.means_of(window)
             window = []
             if not math.isfinite(means["loss"]):
                 mokd.stop(f"step {step}: loss not finite, and not saved. Lower --lr or raise --warmup", 1)
+        if logging:
             seconds = (time.time() - start) / (step - first)   # of a step
             record = dict(step=step, steps=cfg.iterations, **means, lr=learning_rate(cfg, step - 1))
             record["images/s"] = cfg.batch_size / seconds
@@ -303,6 +311,8 @@ def run(cfg):
     images, val = open_coco(TrainingImages, cfg, "train"), open_coco(CocoDetection, cfg, "val")
     if sorted(val.coco.cats) != images.categories:
         mokd.stop(f"--data {cfg.data}: val2017 has other categories than train2017")
+    if len(images) < cfg.batch_size:
+        mokd.stop(f"--batch_size {cfg.batch_size} is more than the {len(images)} images: lower it")
     images.seed = cfg.seed
     net = build(cfg, len(images.categories), device)
     os.makedirs(cfg.out, exist_ok=True)

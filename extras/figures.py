@@ -29,7 +29,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import mokd   # noqa: E402
 from eval_knn import Source, labels_of, load_backbones   # noqa: E402
 from mokd import flag, stop   # noqa: E402
-from results import logs_of, read_log   # noqa: E402
+from results import logs_of, read_run, refuse_mixed   # noqa: E402
 
 matplotlib.use("agg")   # which needs no screen
 import matplotlib.pyplot as plt   # noqa: E402
@@ -58,6 +58,11 @@ def parse(argv=None):
     figure = argv.pop(0) if argv[0] in FIGURES else ""
     cfg = mokd.parse_args(argv) if figure == "crops" else mokd.read_flags(Config, argv, ABOUT)
     cfg.figure = figure
+    if figure != "crops":
+        if len(set(cfg.names)) < len(cfg.names):
+            stop("--names: each run wants its own")
+        if 0 in (cfg.images, cfg.classes, cfg.per_class, cfg.image_size, cfg.resize):
+            stop("--images, --classes, --per_class, --image_size and --resize must be more than 0")
     return cfg
 
 def run(cfg):
@@ -65,7 +70,9 @@ def run(cfg):
     fig = FIGURES[cfg.figure](cfg, device)
     os.makedirs(cfg.out or ".", exist_ok=True)
     for ending in ("png", "pdf"):
-        fig.savefig(os.path.join(cfg.out, f"{cfg.figure}.{ending}"), dpi=200)
+        path = os.path.join(cfg.out, f"{cfg.figure}.{ending}")
+        fig.savefig(path, dpi=200)
+        print(f"wrote {path}")
     plt.close(fig)
 
 # ---------------------------------------------------------------------------------------------------- drawing
@@ -169,7 +176,11 @@ def tsne(cfg, device):
     classes = labels[labels >= 0].unique()
     classes = classes[shuffled(len(classes), cfg.seed)[:cfg.classes]].sort().values
     rows = torch.cat([order[labels[order] == c][:cfg.per_class] for c in classes])
+    if len(rows) < 2:
+        stop("tsne: one image has no neighbors; raise --classes or --per_class")
     anchors = order[~torch.isin(order, rows)][:512]
+    if len(anchors) < 8:   # few images: all are anchors, too
+        anchors = order[:512]
     names = getattr(images, "classes", range(1 + labels.max()))
     colors = plt.get_cmap("tab10" if len(classes) <= 10 else "turbo", len(classes))
 
@@ -178,7 +189,9 @@ def tsne(cfg, device):
         own, y = features(cfg, backbones.values(), images, rows, device)
         of_anchors, _ = features(cfg, backbones.values(), images, anchors, device)
         z = [relative(f, a) for f, a in zip(own, of_anchors)]
-        xy = TSNE(init="pca", random_state=cfg.seed).fit_transform(torch.cat(z).numpy())
+        points = torch.cat(z).numpy()
+        perplexity = min(30, (len(points) - 1) / 3)   # 30 is usual, and must be less than the points
+        xy = TSNE(init="pca", random_state=cfg.seed, perplexity=perplexity).fit_transform(points)
         for model, marker, points in zip(backbones, "o^", xy.reshape(len(z), -1, 2)):
             for i, c in enumerate(classes):
                 label = names[c] if marker == "o" else None   # once
@@ -378,11 +391,11 @@ def crops(cfg, device):
     axes[0, 0].axis("off")
     return fig
 
-def table_of(file):
+def table_of(run):
     """A log -> {name: {x: value}}: x is the number of epochs for k-NN, and the step for all else. Where a
     resumed run did a step again, the last record counts."""
     table = {}
-    for record in read_log(file):
+    for record in run.records:
         for name, value in record.items():
             x = record["epoch"] + 1 if name.startswith("knn") else record.get("step")
             table.setdefault(name, {})[x] = value
@@ -392,9 +405,13 @@ def tables_of(cfg, name):
     """-> [(label, tables of the logs that hold this name)] of each setting."""
     settings = []
     for label, log in zip(cfg.names or cfg.log, cfg.log, strict=True):
-        tables = [table for table in map(table_of, logs_of(log)) if name in table]
-        if not tables:
+        runs = [read_run(file, found) for file, found in logs_of(log).items()]
+        runs = [run for run in runs if name in table_of(run)]
+        if not runs:
             stop(f"--log {log}: no log with {name} is there")
+        if len(runs) > 1:
+            refuse_mixed(runs)
+        tables = [table_of(run) for run in runs]
         settings.append((f"{label}, {len(tables)} seeds" if len(tables) > 1 else label, tables))
     return settings
 

@@ -117,13 +117,16 @@ class Knows(nn.Module):
         found = dict(boxes=boxes, scores=torch.ones(len(boxes)), labels=labels, masks=masks)
         return self.transform.postprocess([found], [size], [(72, 96)])
 
-def test_boxes_and_masks_come_back_to_the_files_pixels(data):
-    """True masks are cut into cells and pasted again. By torchvision's own functions their AP is about 80."""
-    cfg = config(data)
+def test_boxes_and_masks_come_back_to_the_files_pixels(tmp_path, capsys):
+    """True masks are cut into cells and pasted again. By torchvision's own functions their AP is about 80.
+    There are so many images that the evaluation says how far it is."""
+    draw_coco(tmp_path / "coco", dict(val=101))
+    cfg = config(tmp_path / "coco")
     images = images_of(cfg, "val")
     results = eval_coco.average_precision(images.coco, eval_coco.detect(Knows(images), images, cfg, CPU))
     assert results["box"]["AP"] == pytest.approx(100)
     assert results["mask"]["AP75"] == pytest.approx(100) and results["mask"]["AP"] > 95
+    assert "test images: 100 of 101" in capsys.readouterr().out
 
 @pytest.mark.parametrize("x, y", [(3, 5), (0, 0), (16, 6)])
 def test_a_box_of_14_pixels_has_a_cell_for_each(x, y):
@@ -212,6 +215,7 @@ def test_a_runs_weights_arrive_in_trunk_and_layer4(source, run_folder, data):
         args = [*net.split(), "--weights", out / "model1.pth"]
     cfg = eval_coco.parse([str(a) for a in args] + ["--dtype", "fp32"])
     net = eval_coco.build(cfg, 80, CPU).eval()
+    assert (cfg.run["out"] == str(out)) if source == "checkpoint" else (cfg.run is None)
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         theirs = backbone.eval().model.forward_features(x)
@@ -243,14 +247,20 @@ def test_training_learns_and_goes_on_where_it_was_cut(data, tmp_path, monkeypatc
     text = capsys.readouterr().out
     assert "at step 8" in text and "minutes_left" in text and "AP50" in text
     records = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
-    assert [r["step"] for r in records] == [*range(1, 12), *range(9, 31)]
-    losses = [r["loss"] for r in records]
+    assert [r["step"] for r in records] == [*range(12), *range(8, 31)]
+    starts = [r for r in records if "settings" in r]
+    assert [(r["step"], r["settings"]["lr"], r["run"]) for r in starts] == [(0, 0.1, None), (8, 0.1, None)]
+    losses = [r["loss"] for r in records if "loss" in r]
     assert losses[8:11] == pytest.approx(losses[11:14], rel=1e-3)   # steps 9 to 11, before and after
     first, last = [sum(part) / 5 for part in (losses[:5], losses[-5:])]
     assert last < 0.8 * first
     assert {*json.loads((tmp_path / "results.json").read_text())["results"]} == {"box", "mask"}
-    with pytest.raises(SystemExit):   # other settings
-        mokd.main([*args, "--seed", "1"], eval_coco.parse, eval_coco.run)
+    for other in ("--seed 1", f"--batch_size 0 --out {tmp_path}/a", f"--batch_size 39 --out {tmp_path}/b"):
+        with pytest.raises(SystemExit):   # other settings, no images, more than the 38 that teach
+            mokd.main([*args, *other.split()], eval_coco.parse, eval_coco.run)
+    mokd.main([*args, *f"--iterations 2 --log_every 0 --save_every 0 --out {tmp_path}/silent".split()],
+              eval_coco.parse, eval_coco.run)
+    assert len(open(tmp_path / "silent" / "log.jsonl").readlines()) == 1   # the settings
 
 def test_two_processes_train_together(data, tmp_path):
     args = [*NET, *SMALL, "--data", data, "--out", tmp_path, "--iterations", 2]
@@ -259,4 +269,4 @@ def test_two_processes_train_together(data, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "processes: 2" in done.stdout and done.stdout.count("AP75") == 1
-    assert len(open(tmp_path / "log.jsonl").readlines()) == 2
+    assert len(open(tmp_path / "log.jsonl").readlines()) == 3   # the settings, two steps

@@ -3,11 +3,8 @@ in RESULTS.md are what the committed logs say.
 
     python -m pytest -q extras/test_docs.py
 """
-import itertools
-import os
-import re
-import subprocess
-import sys
+import ast, glob, itertools, json, os, re, subprocess, sys   # noqa: E401
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -84,12 +81,36 @@ def test_every_command_is_read_by_its_program(file):
 def test_rows_of_cifar_10_come_out_of_the_committed_logs(capsys):
     results.main([f"{HERE}/logs/cifar10-{name}-*" for name in ("alone", "mokd", "ones")])
     text = text_of("extras/RESULTS.md").replace("−", "-").replace("*", "")
-    rows = [line for line in capsys.readouterr().out.splitlines() if "cifar10" in line]
+    rows = [line for line in capsys.readouterr().out.splitlines() if "cifar10-" in line]
     assert len(rows) == 6   # k-NN, then linear probing
     for row in rows:
         cells = row.strip("| ").split(" | ")[2:]   # of two models, and how far they differ from those alone
         pairs = [" / ".join(cells[i:i + 2]) for i in range(0, len(cells), 2)]
         assert f"| {' | '.join(pairs)} |" in text
+
+
+def test_tables_and_figures_of_results_come_out_of_what_its_commands_leave(tmp_path, monkeypatch, capsys):
+    """Each run of RESULTS.md leaves here a log with its settings and a number, and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("extras")
+    os.symlink(f"{HERE}/logs", "extras/logs")
+    printed = []
+    for program, *args in calls_of("extras/RESULTS.md"):
+        if program == "extras/results.py":
+            results.main(args)
+            printed.append(capsys.readouterr().out)
+        elif program == "extras/figures.py":
+            mokd.main([*args, "--out", "drawn"], figures.parse, figures.run)
+        elif program == "mokd.py":
+            cfg = mokd.parse_args(args)
+            os.makedirs(cfg.out, exist_ok=True)
+            mokd.log(cfg, dict(settings=asdict(cfg), step=0))
+            mokd.log(cfg, dict(epoch=cfg.epochs - 1, knn1=50, knn2=60))
+    assert os.path.exists("drawn/curves.pdf")
+    study, = [table for table in printed if "runs/study" in table]
+    for name in os.listdir("runs/study"):
+        row = f"| runs/study/{name} | 0, 1, 2 | 50.0 ± 0.0 | 60.0 ± 0.0 |"
+        assert study.count(row) == name.startswith("cnnvit-")
 
 
 def test_every_flag_that_the_text_names_exists():
@@ -102,6 +123,28 @@ def test_every_flag_that_the_text_names_exists():
     for file in FILES[:-1]:   # DIFFERENCES.md also names flags that are gone
         for name in re.findall(r"`(--[a-z0-9_-]+)", text_of(file)):
             assert name.replace("--no-", "--") in known, (file, name)
+
+
+def test_every_name_that_one_file_takes_from_another_exists():
+    """Also where the line runs late: at the hundredth image, say, or after all training."""
+    sources = [text_of(file) for file in glob.glob("*.py", root_dir=ROOT)]
+    sources += [text_of(f"extras/{file}") for file in glob.glob("*.py", root_dir=HERE)]
+    for cell in json.loads(text_of("extras/walkthrough.ipynb"))["cells"]:
+        if cell["cell_type"] == "code":
+            sources.append("".join(cell["source"]))
+    for file in FILES:
+        sources += re.findall(r"```python\n(.*?)```", text_of(file), re.S)
+    modules = dict(mokd=mokd, eval_knn=eval_knn, eval_linear=eval_linear, eval_coco=eval_coco)
+    for source in sources:
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                module, names = node.value.id, [node.attr]
+            elif isinstance(node, ast.ImportFrom):
+                module, names = node.module, [alias.name for alias in node.names]
+            else:
+                continue
+            for name in names:
+                assert module not in modules or hasattr(modules[module], name), f"{module}.{name}"
 
 
 def test_every_file_that_the_text_links_exists():

@@ -1,8 +1,7 @@
 """Tests of figures.py and results.py: distances, attention, bands and paired errors against slow loops, known
 cases and numbers computed by hand, and each picture from two small runs."""
-import gzip
-import json
-import math
+import gzip, json, math, shutil   # noqa: E401
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ import torchvision
 from torch.utils.data import TensorDataset
 
 import figures   # puts the repository on the path
+import eval_linear
 import mokd
 import results
 
@@ -145,27 +145,35 @@ def test_agreement_leaves_out_the_same_image():
     # Nearest among z2: 1, 0, 1. Nearest among z1: 1, 0, 1. With these classes four of six agree.
     assert figures.agreement(z1, z2, torch.tensor([0, 0, 1])) == pytest.approx(400 / 6)
 
-def write_logs(folder, setting, seeds, reduced=False):
+def write_logs(folder, setting, seeds, reduced=False, **changed):
     """Logs with k-NN after epochs 2 and 4 of each seed, that of model 2 ten lower. They belong to runs that
-    were killed while they wrote a line, and went on an epoch earlier."""
+    were killed while they wrote a line, and went on an epoch earlier. In a log.jsonl another run's records
+    come first, whose checkpoint was deleted, and half a line of it. -> the files."""
+    files = []
     for seed, values in seeds.items():
-        file = folder / (f"{setting}-{seed}.jsonl.gz" if reduced else f"{setting}/{seed}/log.jsonl")
+        file = folder / (f"toy-{setting}-{seed}.jsonl.gz" if reduced else f"{setting}/{seed}/log.jsonl")
         file.parent.mkdir(parents=True, exist_ok=True)
+        settings = asdict(mokd.parse_args(["--demo", "--seed", str(seed), "--out", f"{file.parent}"]))
+        start = json.dumps(dict(settings=settings | dict(losses=setting) | changed, step=0))
         lines = [json.dumps(dict(epoch=1, knn1=99, knn2=99)), '{"epoch": 2, "kn']
+        if not reduced:
+            lines = [start, json.dumps(dict(epoch=7, knn1=1, knn2=1)), '{"epoch": 8, ' + start, *lines]
         for epoch, value in zip((1, 3), values):   # epochs count from 0
             lines.append(json.dumps(dict(epoch=epoch, knn1=value, knn2=value - 10)))
         with gzip.open(file, "wt") if reduced else open(file, "w") as f:
             f.write("\n".join(lines))
+        files.append(file)
+    return files
 
-ALONE = {"0": (40.0, 50), "1": (42, 54)}
-MOKD = {"0": (41.0, 53), "1": (45, 55), "2": (46, 60)}
+ALONE = {0: (40.0, 50), 1: (42, 54)}
+MOKD = {0: (41.0, 53), 1: (45, 55), 2: (46, 60)}
 
 @pytest.mark.parametrize("reduced", [False, True])
 def test_curves_show_means_with_deviations_as_bands(reduced, tmp_path):
     write_logs(tmp_path, "alone", ALONE, reduced)
     write_logs(tmp_path, "mokd", MOKD, reduced)
-    ending = "-*" if reduced else ""
-    fig = drawn("curves", "--log", f"{tmp_path}/alone{ending}", f"{tmp_path}/mokd{ending}", "--pixels", 30)
+    logs = [f"{tmp_path}/toy-{name}-*" if reduced else tmp_path / name for name in ("alone", "mokd")]
+    fig = drawn("curves", "--log", *logs, "--pixels", 30)
     alone, mokd_, pixels = fig.axes[0].lines
     assert alone.get_xydata().tolist() == [[2, 41], [4, 52]]
     assert mokd_.get_xydata().tolist() == [[2, 44], [4, 56]]
@@ -176,21 +184,74 @@ def test_curves_show_means_with_deviations_as_bands(reduced, tmp_path):
         found = {round(float(y), 4) for x, y in edges if x == epoch}
         assert found == {round(mean - deviation, 4), round(mean + deviation, 4)}
 
+def write_evaluation(folder, run, step=9, **settings):
+    """The log of eval_linear.py on a run of write_logs: its second model reaches 65 %, and 70 %."""
+    folder.mkdir(parents=True)
+    start = json.loads((run / "log.jsonl").read_text().splitlines()[0])["settings"] | dict(step=step)
+    own = asdict(eval_linear.parse(["--checkpoint", f"{run}/checkpoint.pth", "--data", "toy"])) | settings
+    rates = {"2 vit": {"0.1": dict(top1=65.0), "1": dict(top1=70.0)}}
+    lines = [dict(settings=own, step=0, run=start), dict(epoch=1, results={}), dict(epoch=2, results=rates)]
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+def table_of(capsys, *arguments):
+    """-> the lines that results.py prints."""
+    results.main([str(argument) for argument in arguments])
+    return capsys.readouterr().out.splitlines()
+
 def test_results_are_paired_by_seed(tmp_path, capsys):
     write_logs(tmp_path, "alone", ALONE)
-    write_logs(tmp_path, "mokd", MOKD, reduced=True)
-    (tmp_path / "alone" / "1" / "linear").mkdir()
-    rates = {"1 cnn": {"0.1": dict(top1=60.0), "1": dict(top1=70.0)}, "2 vit": {"0.1": dict(top1=65.0)}}
-    linear = [dict(epoch=1, results={}), dict(epoch=2, results=rates)]
-    (tmp_path / "alone" / "1" / "linear" / "log.jsonl").write_text("\n".join(map(json.dumps, linear)))
-    results.main([f"{tmp_path}/alone", f"{tmp_path}/mokd-*"])
-    lines = capsys.readouterr().out.splitlines()
+    write_logs(tmp_path, "mokd", MOKD)
+    write_evaluation(tmp_path / "alone/1/l1-0.1", tmp_path / "alone/1")
+    write_evaluation(tmp_path / "alone/0/cifar10", tmp_path / "alone/0", finetune=True, data="x/cifar10")
+    lines = table_of(capsys, tmp_path / "alone", f"{tmp_path}/mokd*")
     assert f"| {tmp_path}/alone | 0, 1 | 52.0 ± 2.8 | 42.0 ± 2.8 |" in lines
     # Deviation of 53, 55, 60: sqrt(13). Differences of seeds 0 and 1: 3 and 1, of error sqrt(2) / sqrt(2).
-    assert f"| {tmp_path}/mokd-* | 0, 1, 2 | 56.0 ± 3.6 | 46.0 ± 3.6 | +2.0 ± 1.0 | +2.0 ± 1.0 |" in lines
-    assert f"| {tmp_path}/alone | 1 | 70.0 | 65.0 |" in lines
-    with pytest.raises(SystemExit, match="two runs of seed 0"):
-        results.main([str(tmp_path)])
+    assert f"| {tmp_path}/mokd* | 0, 1, 2 | 56.0 ± 3.6 | 46.0 ± 3.6 | +2.0 ± 1.0 | +2.0 ± 1.0 |" in lines
+    titles = [line.split(",")[0] for line in lines if "seeds" in line]
+    assert titles == ["| fine-tuning top-1 on cifar10 after 3 epochs", "| k-NN top-1 on toy after 4 epochs",
+                      "| linear probing top-1 on toy after 3 epochs"]
+    for seed in (0, 1):   # in the table of fine-tuning, in that of linear probing
+        assert lines.count(f"| {tmp_path}/alone | {seed} |  | 70.0 |") == 1
+    write_evaluation(tmp_path / "alone/0/l1-0.1", tmp_path / "alone/0", step=8)   # before the run had ended
+    with pytest.raises(SystemExit, match="run's step"):
+        results.main([f"{tmp_path}/alone"])
+
+def test_a_pattern_has_a_row_for_each_setting_and_brackets_are_taken_as_they_are(tmp_path, capsys):
+    for name in ("lr[0.1]", "sm", "st"):
+        write_logs(tmp_path / "study", name, ALONE)
+    write_logs(tmp_path / "study", "ct", {10: (3, 4), 11: (3, 4)})
+    lines = table_of(capsys, tmp_path / "study/lr[0.1]", f"{tmp_path}/study/*")
+    names = [line.split(" | ")[:2] for line in lines[3:]]
+    assert names == [[f"| {tmp_path}/study/{name}", seeds] for name, seeds in
+                     (("lr[0.1]", "0, 1"), ("ct", "10, 11"), ("sm", "0, 1"), ("st", "0, 1"))]
+    drawn("curves", "--log", tmp_path / "study/lr[0.1]")
+    write_logs(tmp_path / "seeds", "sm", ALONE)   # where the folders that are found are seeds
+    seeds = f"{tmp_path}/seeds/sm/*"
+    assert f"| {seeds} | 0, 1 | 52.0 ± 2.8 | 42.0 ± 2.8 |" in table_of(capsys, seeds)
+
+@pytest.mark.parametrize("changed, words", [
+    (dict(seed=0), "two runs of seed 0"), (dict(data="cifar10"), "data"), (dict(arch2="vit_small"), "arch2"),
+    (dict(losses="sm"), "losses"), (dict(epochs=5), "epochs"), (dict(lambda1=0.1), "lambda1")])
+def test_a_row_never_mixes_runs(changed, words, tmp_path):
+    files = write_logs(tmp_path, "alone", ALONE) + write_logs(tmp_path, "alone", {2: (3, 4)}, **changed)
+    for program in (results.main, lambda argv: drawn("curves", "--log", *argv)):
+        with pytest.raises(SystemExit, match=words) as end:
+            program([f"{tmp_path}/alone"])
+        assert str(files[0]) in str(end.value) and str(files[2]) in str(end.value)
+
+def test_what_is_no_setting_is_refused_by_name_and_what_may_differ_may(tmp_path, capsys):
+    write_logs(tmp_path, "alone", ALONE, init1="a/model1.pth", workers=8, data="mine/toy")
+    write_logs(tmp_path, "alone", {2: (3, 4)}, init1="b/model1.pth", workers=0)
+    assert " | 0, 1, 2 | " in table_of(capsys, tmp_path / "alone")[-1]
+    write_logs(tmp_path, "alone", {3: (3,)}, init1="model1.pth")   # it has not come as far
+    with pytest.raises(SystemExit, match="epochs evaluated"):
+        results.main([f"{tmp_path}/alone"])
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/log.jsonl").write_text('{"epoch": 0, "knn1": 3, "knn2": 4}')
+    for name, words in (("old", "seed"), ("none", "no log"), ("none*", "no log")):
+        with pytest.raises(SystemExit) as end:
+            results.main([f"{tmp_path}/alone/0", f"{tmp_path}/{name}"])
+        assert f"{tmp_path}/{name}" in str(end.value) and words in str(end.value)
 
 @pytest.mark.parametrize("figure", figures.FIGURES)
 def test_each_picture_is_written_whole(figure, runs, tmp_path, capsys):
@@ -207,9 +268,25 @@ def test_each_picture_is_written_whole(figure, runs, tmp_path, capsys):
     assert picture.shape[2] == 1600 and picture.float().std() > 5
     for edge in (picture[:, 0], picture[:, -1], picture[:, :, 0], picture[:, :, -1]):
         assert (edge == 255).all()   # nothing is cut off
+    *said, png, pdf = capsys.readouterr().out.splitlines()
+    assert [png, pdf] == [f"wrote {tmp_path}/{figure}.{ending}" for ending in ("png", "pdf")]
     if figure == "search":   # it prints two lines for untrained nets, two for trained ones
-        untrained, trained = capsys.readouterr().out.splitlines()[::2]
+        untrained, trained = said[::2]
         assert untrained.removeprefix("untrained") != trained.removeprefix("trained")
+
+def test_tsne_draws_few_images_and_two_checkpoints_of_a_folder(runs, tmp_path, monkeypatch):
+    for n in (2, 9):   # images
+        monkeypatch.setattr(mokd, "get_images",
+                            lambda cfg, part: TensorDataset(*[x[:n] for x in mokd.draw_toy(16, part)]))
+        folder = runs / "mokd/0"
+        shutil.copy(folder / "checkpoint.pth", folder / "epoch1.pth")
+        fig = drawn("tsne", "--checkpoint", folder / "checkpoint.pth", folder / "epoch1.pth")
+        assert len(fig.axes) == 2
+
+@pytest.mark.parametrize("argv", ["tsne --classes 0", "maps --image_size 0", "tsne --names a a"])
+def test_what_would_draw_nothing_is_refused(argv):
+    with pytest.raises(SystemExit):
+        figures.parse(argv.split())
 
 def test_crops_are_the_views_of_training(runs):
     fig = drawn("crops", *SMALL)
