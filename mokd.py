@@ -254,8 +254,12 @@ class MLPHead(nn.Module):
                                  nn.GELU(), nn.Linear(hidden_dim, bottleneck_dim)).apply(init_linear)
         self.last = last_layer(bottleneck_dim, out_dim, learn_gain)
 
+    def bottleneck(self, x):
+        """Pooled (..., C) -> what the last layer reads, of length 1 (..., bottleneck_dim)."""
+        return F.normalize(self.mlp(x), dim=-1)
+
     def forward(self, x):
-        return self.last(F.normalize(self.mlp(x), dim=-1))
+        return self.last(self.bottleneck(x))
 
 class THead(nn.Module):
     """Local features (B, N, C) -> logits (B, K), by ViT blocks and an FC layer (3.4). With a query it is the
