@@ -11,10 +11,10 @@ printed, and appended as one record to knn.jsonl beside the checkpoint, or besid
 import itertools, json, os, time   # noqa: E401
 from dataclasses import asdict, dataclass
 
+import mokd   # before torch
 import torch
 from torch.utils.data import Subset
 
-import mokd
 from mokd import RANK, WORLD, changeable, flag, say, stop
 
 @dataclass
@@ -74,7 +74,8 @@ def load_backbones(cfg):
         cfg.data = cfg.data or run["data"]
         cfg.data_root = cfg.data_root or run["data_root"]
         cfg.image_size = cfg.image_size or run["global_size"]
-        for i in "12" if cfg.model == "both" else cfg.model:
+        models = [key.removeprefix("model") for key in state if key.startswith("model")]
+        for i in models if cfg.model == "both" else cfg.model:
             arch, kwargs = run[f"arch{i}"], run[f"model_kwargs{i}"]
             backbone = mokd.Backbone(arch, kwargs, run["vit_pool"], cfg.image_size)
             weights = state[f"model{i}"]["momentum_net" if cfg.net == "momentum" else "net"]

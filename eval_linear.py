@@ -14,13 +14,13 @@ import os
 import time
 from dataclasses import asdict, dataclass
 
+import mokd   # before torch
 import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as TF
 
-import mokd
 from eval_knn import Source, labeled_data, labels_of, load_backbones, part_of, progress_of
 from mokd import RANK, WORLD, changeable, flag, say, stop
 
@@ -138,6 +138,19 @@ class Classifier(nn.Module):
         if self.avgpool:
             features.append(blocks[-1][0].mean(1))
         return torch.cat(features, 1)
+
+    def in_python(self, net):
+        """-> what `features` does, as an expression of `images` and timm's `net`."""
+        pooled = f"{net}.forward_features(images){self.backbone.pooling}"
+        patches = f"[:, {self.backbone.prefix_tokens}:].mean(1)"
+        if not self.n_last_blocks:
+            tokens = f"{net}.forward_features(images){patches}"
+            return f"torch.cat([{pooled}, {tokens}], 1)" if self.avgpool else pooled
+        blocks = (f"{net}.forward_intermediates(images, {self.n_last_blocks}, return_prefix_tokens=True, norm=True, "
+                  f"output_fmt='NLC', intermediates_only=True)")
+        mean = f"{net}.forward_features(images){patches}"   # the last block's, after the norm too
+        features = f"[prefix[:, 0] for _, prefix in {blocks}]"
+        return f"torch.cat({features}{f' + [{mean}]' if self.avgpool else ''}, 1)"
 
     def forward(self, x):
         with torch.set_grad_enabled(self.finetune and torch.is_grad_enabled()):
@@ -311,18 +324,26 @@ def run(cfg):
     net = Classifiers([Classifier(name, b, cfg, classes) for name, b in backbones.items()]).to(device)
     if (cfg.n_last_blocks or cfg.avgpool) and not any(part.n_last_blocks or part.avgpool for part in net):
         stop("--n_last_blocks and --avgpool are for ViTs with a CLS token; here is none")
-    if device.type == "cuda":
-        net.to(memory_format=torch.channels_last)
-        if WORLD > 1 and cfg.finetune:
-            timm.layers.convert_sync_batchnorm(net)
+    net.to(memory_format=torch.channels_last)
+    if device.type == "cuda" and WORLD > 1 and cfg.finetune:
+        timm.layers.convert_sync_batchnorm(net)
     results = train(cfg, net, images, val, state, device)
 
+    say("\nIn Python, logits of images that were resized to the side, cropped and normalized as here:")
     for part in net:
         layer = part.layers[list(part.rates).index(best_of(results[part.name]))]
         number = part.name[0] if cfg.checkpoint else 1
+        file, b = f"{cfg.out}/classifier{number}.pth", part.backbone
+        feature = part.in_python(f"net{number}")
         if RANK == 0:
-            mokd.write(dict(model=part.backbone.model.state_dict(), classifier=layer.state_dict()),
-                       f"{cfg.out}/classifier{number}.pth")
+            mokd.write(dict(model=b.model.state_dict(), classifier=layer.state_dict(), timm_name=b.timm_name,
+                            timm_kwargs=b.timm_kwargs, feature=feature, image_size=cfg.image_size,
+                            resize=cfg.resize or round(cfg.image_size * 256 / 224),
+                            classes=list(getattr(labeled, "classes", ()))), file)
+        mokd.say_how_to_load(number, b, file, feature)
+        say(f"classifier{number} = torch.nn.Linear({layer.in_features}, {layer.out_features})")
+        say(f"classifier{number}.load_state_dict(torch.load({file!r}, weights_only=True)['classifier'])")
+        say(f"logits{number} = classifier{number}(feature{number})")
     say(f"\n{cfg.data}, {len(images):,} labeled images, {cfg.epochs} epochs, %; * best rate\n"
         f"{'':22}{'lr':>10}{'top-1':>9}{'top-5':>9}")
     for name, rates in results.items():

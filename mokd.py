@@ -19,10 +19,11 @@ trailing _ belongs to a momentum net, _s to a search. In shapes, B is the images
 views of an image (two global ones, then L local ones), K the logits of a head, C a backbone's channels, N its
 tokens. Sources stand in brackets: sections of the paper, [DINO], [released] for the authors' code, [ours].
 """
-import argparse, ast, collections, copy, functools, hashlib, json, math, multiprocessing  # noqa: E401
-import os, signal, sys, threading, time, typing, zipfile  # noqa: E401
+import argparse, ast, collections, copy, functools, hashlib, inspect, json, math  # noqa: E401
+import multiprocessing, os, signal, sys, threading, time, typing, zipfile  # noqa: E401
 from dataclasses import asdict, dataclass, field, fields
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")   # before torch: spinning threads would starve each other
 import timm
 import torch
 import torch.distributed as dist
@@ -30,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.v2 import RandomResizedCrop, functional as TF
 
@@ -40,6 +41,7 @@ def flag(default, help, high=math.inf, choices=None, changeable=False):
     return field(default=default, metadata=dict(help=help, high=high, choices=choices, changeable=changeable))
 
 changeable = functools.partial(flag, changeable=True)
+OPTIMIZERS = ("sgd", "adamw")
 
 @dataclass
 class Config:
@@ -83,7 +85,8 @@ class Config:
     local_size: int = flag(96, "size of the local views in pixels [A.1]")
     local_scale: tuple[float, float] = flag((0.05, 0.25), "part of the image in a local view [A.1]", 1)
     local_crops: int = flag(8, "L, local views of an image [A.1]; 0 for none")
-    jitter: tuple[float, ...] = flag((0.4, 0.4, 0.2, 0.1), "brightness, contrast, saturation, hue [DINO]")
+    jitter: tuple[float, float, float, float] = flag((0.4, 0.4, 0.2, 0.1), "brightness, contrast, saturation,"
+                                                     " hue [DINO]")
     grayscale: float = flag(0.2, "probability of grayscale [DINO]; A.1 names none", 1)
     blur: tuple[float, float] = flag((0.1, 2.0), "range of the Gaussian's sigma, pixels [DINO]; 0 0: none", 2)
     solarize: float = flag(0.2, "probability of solarizing the second global view [DINO]; A.1 names none", 1)
@@ -94,10 +97,10 @@ class Config:
     epochs: int = flag(100, "epochs [Sec. 4]")
     batch_size: int = flag(256, "images of a step over all processes [Sec. 4, A.1]")
     warmup_epochs: int = changeable(10, "epochs in which rates rise [A.1]; raise it if losses rise")
-    cnn_optimizer: str = flag("sgd", "for CNNs, the nets with batch norm [3.4]", choices=("sgd", "adamw"))
-    vit_optimizer: str = flag("adamw", "for ViTs, the nets without [3.4]", choices=("sgd", "adamw"))
+    cnn_optimizer: str = flag("sgd", "for CNNs, the nets with batch norm [3.4]", choices=OPTIMIZERS)
+    vit_optimizer: str = flag("adamw", "for ViTs, the nets without [3.4]", choices=OPTIMIZERS)
     t_optimizer: str = flag("adamw", "of a CNN's T-Head: adamw [ours], or sgd by 3.4's rule for CNNs; with"
-                            " vit_lr and vit_wd [released]", choices=("sgd", "adamw"))
+                            " vit_lr and vit_wd [released]", choices=OPTIMIZERS)
     cnn_lr: float = changeable(0.1, "peak rate of CNNs for batches of 256 [A.1]; lower it if losses rise")
     vit_lr: float = changeable(3e-4, "peak rate of ViTs [A.1] and T-Heads for batches of 256; see cnn_lr")
     cnn_lr_end: float = changeable(1e-6, "last rate of CNNs [DINO]; 0.0048 [released]")
@@ -113,9 +116,10 @@ class Config:
     dtype: str = changeable("auto", "of autocast; auto: by device", choices=("auto", "bf16", "fp16", "fp32"))
     compile: bool = changeable(False, "compile both models with torch.compile")
     grad_checkpointing: bool = changeable(False, "run students' backbones forward twice, for half the memory")
-    log_every: int = changeable(20, "steps between log lines")
+    log_every: int = changeable(20, "steps between log lines; 0: none")
     save_every: int = changeable(0, "steps between checkpoints; 0: one each epoch")
-    knn_every: int = changeable(0, "epochs between k-NN evaluations of the momentum nets; 0: none")
+    knn_every: int = changeable(0, "epochs between k-NN evaluations of the momentum nets, which also come"
+                                " before the first and after the last; 0: none")
     demo: bool = changeable(False, "train a small pair on toy images, with k-NN before and after")
 
 # ------------------------------------------------------------------------------------------------ Algorithm 1
@@ -218,11 +222,10 @@ def target(t, center, tau_):
 def search_pairs(V, which="all"):
     """Pairs (g, v) of a momentum net's global view and another view of a student, which searches it, sorted by
     g. Algorithm 1 has two views, and so the pairs of "global" alone."""
-    if which == "global":
-        return [(0, 1), (1, 0)]
     if which == "local":    # [released]
         return [(0, v) for v in range(2, V)]
-    return [(g, v) for g in range(2) for v in range(V) if v != g]   # [ours]: all that differ
+    views = range(2 if which == "global" else V)
+    return [(g, v) for g in range(2) for v in views if v != g]   # [ours] where V > 2
 
 def search(t_head_, query, tokens_, pairs):
     """t_s = t_(Z, Z_) of Algorithm 1, the feature search (3.3, Fig. 3): queries (V, B, dim) of one student,
@@ -328,37 +331,43 @@ class Backbone(nn.Module):
         super().__init__()
         if name in ("vit_tiny", "vit_small", "vit_base"):   # the paper's short names
             name += "_patch16_224"
-        self.timm_name, self.timm_kwargs = name, kwargs or {}
-        self.model = create_model(name, self.timm_kwargs, drop_path)
-        self.family = "vit"
+        self.timm_name, self.family = name, "vit"
+        self.model, self.timm_kwargs = create_model(name, kwargs or {}, drop_path)
         if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules()):
             self.family = "cnn"
             no_drop_path(self.model)
         self.prefix_tokens = getattr(self.model, "num_prefix_tokens", 0)   # CLS and registers
         self.cls = pool == "cls" and getattr(self.model, "cls_token", None) is not None
         self.channels_last = getattr(self.model, "output_fmt", "") == "NHWC"
-        pooled, tokens = self.eval()(torch.zeros(1, 3, size, size))
+        y = self.eval().model.forward_features(torch.zeros(1, 3, size, size))
+        self.pooling = "[:, 0]" if self.cls else f"[:, {self.prefix_tokens}:].mean(1)"   # pool, in Python
+        if y.dim() == 4:
+            self.pooling = ".mean((1, 2))" if self.channels_last else ".mean((2, 3))"
+        pooled, tokens = self.pool(y)
         self.num_tokens, self.dim = tokens.shape[1:]
         # Freeze what only a classifier would use: it gets no gradient here, and DDP must know.
-        parameters = list(self.train().parameters())
-        gradients = torch.autograd.grad(pooled.sum() + tokens.sum(), parameters, allow_unused=True)
-        for p, gradient in zip(parameters, gradients):
-            p.requires_grad_(gradient is not None)
+        (pooled.sum() + tokens.sum()).backward()
+        for p in self.train().parameters():
+            p.requires_grad_(p.grad is not None)
+            p.grad = None
 
-    def forward(self, x):
-        y = self.model.forward_features(x)
+    def pool(self, y):
         if y.dim() == 4:   # a map
             y = y.flatten(1, 2) if self.channels_last else y.flatten(2).mT
         tokens = y[:, self.prefix_tokens:]
         return y[:, 0] if self.cls else tokens.mean(1), tokens
 
+    def forward(self, x):
+        return self.pool(self.model.forward_features(x))
+
 def create_model(name, kwargs, drop_path=0.0):
-    """timm.create_model, for views of several sizes. Of our options a model gets those that it knows."""
+    """-> timm.create_model for views of several sizes, and the arguments that it got: kwargs, and those of
+    our own that it knows."""
     options = dict(dynamic_img_size=True, strict_img_size=False, drop_path_rate=drop_path)
     options["zero_init_last"] = False   # ResNets start as torchvision's, not as timm's [ours]
     while True:
         try:
-            return timm.create_model(name, num_classes=0, **(options | kwargs))
+            return timm.create_model(name, num_classes=0, **(options | kwargs)), options | kwargs
         except TypeError as error:   # as "got an unexpected keyword argument 'dynamic_img_size'"
             unknown = [option for option in options.keys() - kwargs.keys() if f"'{option}'" in str(error)]
             if not unknown:
@@ -442,7 +451,7 @@ class Model:
             scaler.unscale_(optimizer)   # fp16 had raised the gradients
             for group in optimizer.param_groups:
                 group["lr"] = now.lr[group["family"]]
-                group["weight_decay"] = now.wd[group["family"]] if group["decays"] else 0.0
+                group["weight_decay"] = now.wd[group["family"]] * group["decays"]
         # Each gradient tensor is clipped by itself, so none slows another down [DINO], and on the device.
         if self.cfg.clip_grad:
             grads = [p.grad for p in self.params if p.grad is not None]
@@ -514,7 +523,10 @@ def train(cfg, models, images, val, state, device):
     step = resume(cfg, models, scaler, state) if state else 0
     per_epoch = len(images) // cfg.batch_size
     steps = cfg.epochs * per_epoch
-    unreadable = 0   # images in this epoch
+    if step < steps:   # else a finished run would have something new
+        log(cfg, dict(step=step, settings=asdict(cfg)))
+    log_knn(cfg, models, images, val, device, step, per_epoch)   # where a run was stopped before it
+    begin, unreadable = step, 0
     window, start = [], time.time()   # losses of the steps since the last log line, and when they began
     catch_signals()
     keys = batches(len(images), cfg, step)
@@ -523,25 +535,26 @@ def train(cfg, models, images, val, state, device):
         x = make_views(crops, cfg, device, step)
         losses, targets = train_step(*models, x, cfg, now, scaler)
         window.append(losses)
-        if step % per_epoch == 0:
-            unreadable = 0
+        if step == begin:
+            names = "".join(f"{name:>8}" for name in [*losses, "img/s", " min left"])
+            say(f"\n{'epoch':>5}{'step':>16} {names}")
         step += 1
 
         # What does this step end with? Only where it logs or saves does the host wait for the device (in fp16
         # SGD's scaler does too).
         n, stopped = after_step(lines)
-        unreadable += n
+        unreadable = n if now.step % per_epoch == 0 else unreadable + n   # of this epoch
         refuse_unreadable(unreadable, len(images))
-        logging = step % cfg.log_every == 0 or step == steps
+        logging = cfg.log_every and (step % cfg.log_every == 0 or step == steps)
         saving = stopped or step % (cfg.save_every or per_epoch) == 0 or step == steps
         if logging or saving:
             means = means_of(window)
-            wrong = [name for name, value in means.items() if not math.isfinite(value)]
-            if wrong:
-                stop(f"step {step}: {', '.join(wrong)} not finite: lower the rates, or use --dtype fp32", 1)
+            if not math.isfinite(sum(means.values())):
+                stop(f"step {step}: losses not finite: lower the rates, or use --dtype fp32", 1)
         if logging:
             speed = cfg.batch_size * len(window) / (time.time() - start)
-            log_line(cfg, models, now, steps, speed, means, target_statistics(targets))
+            log_line(cfg, models, now, per_epoch, speed, means, target_statistics(targets))
+        if logging or not cfg.log_every:
             window, start = [], time.time()
         pause = time.time()
         if saving:
@@ -549,28 +562,30 @@ def train(cfg, models, images, val, state, device):
         if stopped:
             wait_for_all()   # for RANK 0 to save: torchrun ends all when one ends
             stop(f"stopped by {stopped.name} after step {step}; the same command goes on", 128 + stopped)
-        if cfg.knn_every and step % (cfg.knn_every * per_epoch) == 0:
-            knn1, knn2 = knn_accuracy([m.n_.backbone for m in models], images, val, cfg, device)
-            log(cfg, dict(epoch=now.epoch, knn1=knn1, knn2=knn2))
-            say(f"k-NN top-1 after epoch {now.epoch}: {knn1:.1f} % and {knn2:.1f} %")
+        log_knn(cfg, models, images, val, device, step, per_epoch)
         start += time.time() - pause   # so images/s count neither checkpoints nor k-NN
 
-def log_line(cfg, models, now, steps, speed, losses, statistics):
+def log_line(cfg, models, now, per_epoch, speed, losses, statistics):
     """Print a line about the step that ended, and append it to log.jsonl."""
-    step, images_left = now.step + 1, (steps - now.step - 1) * cfg.batch_size
+    step, steps = now.step + 1, cfg.epochs * per_epoch
     record = dict(epoch=now.epoch, step=step, steps=steps) | losses | statistics
     record |= {f"lr{m.i}": now.lr[m.family] for m in models}
-    record |= {"images/s": speed, "minutes_left": images_left / speed / 60}
+    record |= {"images/s": speed, "minutes_left": (steps - step) * cfg.batch_size / speed / 60}
     log(cfg, record | dict(GB=torch.cuda.max_memory_allocated() / 1e9))   # 0 without a GPU
-    if step <= cfg.log_every:
-        names = "".join(f"{name:>8}" for name in [*losses, "img/s", " min left"])
-        say(f"\n{'epoch':>5}{'step':>16} {names}")
     columns = "".join(f"{loss:8.3f}" for loss in losses.values())
     say(f"{now.epoch:5}{f'{step}/{steps}':>16} {columns}{speed:8.0f}{record['minutes_left']:9.0f}")
-    low = 0.01 * math.log(cfg.out_dim)   # spread is at most log K; both bounds are [ours]
-    flat = [name for name, value in statistics.items() if name.startswith("spread") and value < low]
-    if flat and step > steps / 4:   # earlier, targets may be uniform and yet part later
-        say(f"collapse? Low {', '.join(flat)}: lower --teacher_temp or rates, or higher --ema")
+    if now.step % per_epoch < cfg.log_every and step > steps / 4:   # once an epoch; earlier they may yet part
+        report_collapse(cfg, statistics)
+
+def report_collapse(cfg, statistics):
+    """Say which targets have no spread, so are the same for all images. Both bounds are [ours]."""
+    log_K = math.log(cfg.out_dim)
+    for name, spread in statistics.items():
+        if name.startswith("spread") and spread < 0.01 * log_K:
+            uniform = statistics[name.replace("spread", "entropy")] > log_K / 2
+            say(f"collapse? Low {name}, because its targets are " + (
+                "uniform: lower --teacher_temp; for a t also --t_norm" if uniform else
+                "one answer to all images: lower rates, or higher --ema"))
 
 def target_statistics(targets):
     """Of each momentum head's targets p (2, B, K), in nats: the mean entropy H(p), and the spread, H(mean p)
@@ -593,6 +608,18 @@ def means_of(window):
     return dict(zip(window[0], means.tolist()))
 
 # ------------------------------------------------------------------------------------------------- k-NN (A.2)
+def log_knn(cfg, models, images, val, device, step, per_epoch):
+    """k-NN after `step`, if it is asked for there and not yet in the log. Epoch -1 is before training."""
+    epoch, last = step // per_epoch - 1, cfg.epochs * per_epoch
+    if not cfg.knn_every or (step % (cfg.knn_every * per_epoch) and step != last):
+        return
+    missing = RANK == 0 and f'"epoch": {epoch}, "knn1"' not in log_of_run(cfg)
+    if sum_over_processes(torch.tensor(int(missing))):   # the first process has the log, and all must agree
+        found = knn_accuracy([m.n_.backbone for m in models], images, val, cfg, device)
+        log(cfg, dict(epoch=epoch) | {f"knn{m.i}": accuracy for m, accuracy in zip(models, found)})
+        when = f"after epoch {epoch}" if step else "before training"
+        say(f"k-NN top-1 {when}: {' and '.join(f'{accuracy:.1f} %' for accuracy in found)}")
+
 def knn_accuracy(backbones, train, val, cfg, device):
     """k-NN top-1 (percent; k = 20 [DINO]) of each backbone on val, with train as the bank."""
     options = device, cfg.batch_size // WORLD, cfg.workers
@@ -641,7 +668,7 @@ def extract_features(backbones, views, device, batch_size=256, workers=0, dtype=
     # A process fills its own rows, and the sum over processes joins them.
     features = [torch.zeros(n, b.dim, dtype=torch.half, device=device) for b in backbones]
     labels = torch.zeros(n, dtype=torch.long, device=device)
-    mine = torch.arange(RANK, n, WORLD).split(batch_size)
+    mine = [rows for rows in torch.arange(n)[RANK::WORLD].split(batch_size) if len(rows)]
     nets = nn.ModuleList(backbones).eval()
     for (x, y), rows in zip(make_loader(views, device, workers, batch_sampler=mine), mine):
         labels[rows] = y.to(device)
@@ -730,6 +757,7 @@ def draw_photometric(cfg, step):
 
 def photometric(x, p):
     """uint8 crops (n, 3, S, S) on the device -> [0, 1], changed as p says; colors in an image's own order."""
+    assert x.dtype == torch.uint8, f"crops are {x.dtype}; give uint8, where 255 is white"
     x = x.float() / 255
     apply_to(x, TF.horizontal_flip, p["flip"])
     for place in range(4):
@@ -801,34 +829,42 @@ def get_images(cfg, part):
             if os.path.isdir(os.path.join(cfg.data, "val")):
                 stop(f"--data {cfg.data}: has val/ but no train/: rename the training folder")
         try:
-            return ImageFolder(folder, loader=read_image, is_valid_file=is_image)
+            return ImageFolder(folder, loader=read_image, is_valid_file=functools.partial(is_image, folder))
         except OSError as error:
             stop(f"--data {cfg.data}: {error}. Each class wants a folder of images in {folder}, at least one")
     known = {name.lower(): name for name in torchvision.datasets.__all__ if name != "ImageNet"}   # archives
     name = known.get(cfg.data.lower().replace("_", ""))
     if name is None:
         stop(f"--data {cfg.data}: no such folder, nor a data set of torchvision such as cifar10, nor toy")
-    if LOCAL_RANK == 0:   # it downloads, while the others of its machine wait
-        torchvision_images(name, cfg.data_root, part)
-    wait_for_all()
-    return torchvision_images(name, cfg.data_root, part)
+    for my_turn in (RANK == 0, LOCAL_RANK == 0 < RANK, LOCAL_RANK > 0):   # one downloads, then one a machine
+        if my_turn:
+            images = torchvision_images(getattr(torchvision.datasets, name), cfg.data_root, part)
+        wait_for_all()
+    return images
 
-def torchvision_images(name, root, part):
-    train = part == "train"
-    for names in (dict(train=train), dict(split="train+unlabeled" if train else "test"), dict(split=part)):
+def torchvision_images(data_set, root, part):
+    if "train" in inspect.signature(data_set).parameters:
+        return data_set(root, train=part == "train", download=True)
+    for split in ("train+unlabeled", "train") if part == "train" else ("test", "val"):
         try:
-            return getattr(torchvision.datasets, name)(root, download=True, **names)
-        except (TypeError, ValueError) as error:   # this data set calls its parts otherwise
-            last = error
-    raise last
+            return data_set(root, split=split, download=True)
+        except ValueError as error:
+            if "Unknown value" not in str(error):   # else this data set calls its parts otherwise
+                raise
+            unknown = error
+    raise unknown
 
 class ImageFolder(torchvision.datasets.ImageFolder):
-    def find_classes(self, folder):   # without those whose names begin with a dot
-        classes = [name for name in super().find_classes(folder)[0] if not name.startswith(".")]
+    def find_classes(self, folder):
+        classes = [name for name in super().find_classes(folder)[0] if not is_hidden(name)]
         return classes, {name: label for label, name in enumerate(classes)}
 
-def is_image(path):
-    return torchvision.datasets.folder.is_image_file(path) and not os.path.basename(path).startswith(".")
+def is_hidden(name):
+    return name.startswith((".", "@eaDir"))   # the latter are thumbnails
+
+def is_image(folder, path):
+    names = os.path.relpath(path, folder).split(os.sep)
+    return torchvision.datasets.folder.is_image_file(path) and not any(map(is_hidden, names))
 
 def read_image(path):
     try:
@@ -839,8 +875,11 @@ def read_image(path):
 
 def to_rgb(image):
     """PIL image or uint8 tensor -> (3, H, W) uint8, on white. Raises OSError for more than 8 bits."""
-    if isinstance(image, torch.Tensor):
+    if isinstance(image, torch.Tensor) and image.dtype == torch.uint8:
         return image.expand(3, -1, -1)
+    if not isinstance(image, Image.Image):   # floats would train as black
+        raise TypeError(f"an image is {getattr(image, 'dtype', type(image))}: a data set must give PIL images or "
+                        "uint8 tensors (3 or 1, H, W)")
     if image.mode[0] in "FI":
         raise OSError(f"mode {image.mode}: which value is white? save it with 8 bits, where 255 is")
     if "A" in image.getbands() or "transparency" in image.info:
@@ -877,6 +916,12 @@ def log(cfg, record):
     if RANK == 0:
         with open(f"{cfg.out}/log.jsonl", "a") as f:
             f.write(json.dumps(record) + "\n")
+
+def log_of_run(cfg):
+    """-> the text of log.jsonl since a run last began in this folder."""
+    with open(f"{cfg.out}/log.jsonl", "a+") as f:   # may be new
+        f.seek(0)
+        return f.read().rsplit('{"step": 0, "settings"', 1)[-1]
 
 def write(value, path):
     torch.save(value, path + ".tmp")
@@ -952,9 +997,9 @@ def refuse_other_settings(path, state, cfg, images):
 
 # ------------------------------------------------------------------------------- processes, seeds and signals
 RANK = int(os.environ.get("RANK", 0))   # torchrun sets these three: this process,
-WORLD = int(os.environ.get("WORLD_SIZE", 1))   # the number of all,
+WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1   # the number of all,
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))   # and this one among those of its machine
-caught = []   # signals since catch_signals; a training loop ends after the step
+caught = {}   # signal -> when it first came since catch_signals; a training loop ends after the step
 
 def say(text):
     if RANK == 0:
@@ -984,16 +1029,17 @@ def join_processes(cfg):
         torch.backends.cudnn.benchmark = True
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
-    if cfg.dtype == "auto":   # V100 and T4 have no bf16
-        newer = gpu and torch.cuda.get_device_capability(device) >= (8, 0)
-        cfg.dtype = "bf16" if newer else "fp16" if gpu else "fp32"
+    if cfg.dtype == "auto":
+        half = "bf16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        cfg.dtype = half if gpu else "fp32"
     if cfg.workers is None:
-        cfg.workers = min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if gpu else 1
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        cfg.workers = min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if gpu else 1
     return device
 
 def autocast(device, dtype):
     half = torch.bfloat16 if dtype == "bf16" else torch.float16
-    return torch.autocast(device.type, half, enabled=dtype != "fp32")
+    return torch.autocast(device.type, half, enabled=dtype in ("bf16", "fp16"))
 
 def sum_over_processes(x):
     if dist.is_initialized():
@@ -1017,11 +1063,17 @@ def reseed(*key):
     torch.manual_seed(seed_of(*key))
 
 def catch_signals():
-    """From here on SIGTERM and SIGINT wait for the end of a step. main puts the caller's handlers back."""
+    """From here on SIGTERM and SIGINT wait for the end of a step, but for a second Ctrl-C, which is for a
+    loader that hangs. main puts the caller's handlers back."""
     caught.clear()
+
+    def handler(number, frame):
+        first = caught.setdefault(number, time.time())
+        if number == signal.SIGINT and time.time() - first >= 1:   # one press may arrive twice
+            raise KeyboardInterrupt
     if threading.current_thread() is threading.main_thread():   # no other can set handlers
-        for wanted in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(wanted, lambda found, frame: caught.append(found))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, handler)
 
 def after_step(unreadable):
     """Lines about this process's images -> how many are unreadable in all; a signal that any caught."""
@@ -1074,7 +1126,7 @@ def read_flags(config, argv, about):
     return config(**given)
 
 # --demo stands for these flags. Those of a backbone are left out where another --arch is given.
-DEMO = """--data toy --out runs/demo --epochs 14 --batch_size 64 --warmup_epochs 1 --freeze_last_layer 0
+DEMO = """--data toy --out runs/demo --epochs 14 --knn_every 14 --batch_size 64 --warmup_epochs 1 --freeze_last_layer 0
     --out_dim 256 --hidden_dim 256 --bottleneck_dim 32 --t_dim 48 --t_depth 1 --t_heads 3 --t_norm
     --global_size 24 --global_scale 0.5 1 --local_size 12 --local_scale 0.3 0.8 --local_crops 2
     --jitter 0.4 0.4 0.4 0.2 --blur 0 0 --solarize 0 --drop_path 0 --cnn_optimizer adamw --cnn_lr 0.01
@@ -1094,6 +1146,9 @@ def parse_args(argv=None):
     losses = set(cfg.losses.split(","))
     if not {"sm"} <= losses <= {"sm", "cm", "st", "ct"}:
         stop(f"--losses {cfg.losses}: give sm and any of cm,st,ct, with commas between them")
+    for name in ("batch_size", "epochs", "student_temp", "teacher_temp", "teacher_temp_start"):
+        if not getattr(cfg, name):
+            stop(f"--{name} 0: give more")
     if cfg.warmup_epochs > cfg.epochs:
         stop(f"--warmup_epochs {cfg.warmup_epochs} is more than --epochs {cfg.epochs}: lower it")
     if cfg.search == "local" and not cfg.local_crops:
@@ -1143,21 +1198,13 @@ def outside(shape, u, v):
     return shapes[shape]
 
 # ------------------------------------------------------------------------------------------------------- main
-def timm_call(backbone, file):
-    """-> the call that loads a file of weights; its model's output is the feature that was trained."""
-    kwargs = dict(backbone.timm_kwargs)
-    if isinstance(backbone.model, VisionTransformer):
-        kwargs |= dict(dynamic_img_size=True, global_pool="token" if backbone.cls else "avg", fc_norm=False)
-    kwargs = "".join(f", {name}={value!r}" for name, value in kwargs.items())
-    return f"timm.create_model({backbone.timm_name!r}, num_classes=0{kwargs}, checkpoint_path={file!r})"
-
 def run(cfg):
     device = join_processes(cfg)
     images, val = get_images(cfg, "train"), None
     say(f"{len(images):,} images, {len(getattr(images, 'classes', ()))} named classes")
     if len(images) < cfg.batch_size:
         stop(f"--batch_size {cfg.batch_size} is more than the {len(images)} images: lower it")
-    if cfg.knn_every or cfg.demo:
+    if cfg.knn_every:
         val = get_images(cfg, "val")
         refuse_unlike_classes(images, val, cfg.data)
     cfg.out = cfg.out or f"runs/{cfg.arch1}-{cfg.arch2}"
@@ -1170,16 +1217,17 @@ def run(cfg):
         say(f"model {i}: {b.timm_name}, trained as a {b.family}, {size:.1f} M parameters, search in "
             f"{b.num_tokens} local features, lambda{i} = {getattr(cfg, f'lambda{i}'):g}")
     say(f"processes: {WORLD}, on {device.type}, {cfg.dtype}")
-    if cfg.demo:
-        before = knn_accuracy(backbones, images, val, cfg, device)
     train(cfg, models, images, val, state, device)
-    if cfg.demo:
-        after = knn_accuracy(backbones, images, val, cfg, device)
-        say(f"\nk-NN top-1 on {cfg.data}, %{'before':>12}{'after':>8}")
-        for b, accuracy, trained in zip(backbones, before, after):
-            say(f"{b.timm_name:22}{accuracy:>8.1f}{trained:>8.1f}")
+    say("\nIn Python, the features that were trained, of normalized images (B, 3, H, W):")
     for i, b in enumerate(backbones, 1):
-        say(timm_call(b, f"{cfg.out}/model{i}.pth"))
+        say_how_to_load(i, b, f"{cfg.out}/model{i}.pth", f"net{i}.forward_features(images){b.pooling}")
+
+def say_how_to_load(i, backbone, file, feature):
+    """Print lines of Python that load weights and give a feature, in the arguments that bear on either."""
+    kwargs = {k: v for k, v in backbone.timm_kwargs.items() if k not in ("drop_path_rate", "zero_init_last")}
+    kwargs = "".join(f"{name}={value!r}, " for name, value in kwargs.items())
+    say(f"net{i} = timm.create_model({backbone.timm_name!r}, {kwargs}num_classes=0, checkpoint_path={file!r}).eval()")
+    say(f"feature{i} = {feature}")
 
 def main(argv=None, parse=parse_args, run=run):
     """Run a program of this project, and leave nothing behind, whatever ends it."""

@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import runpy
 import signal
 import struct
 import subprocess
@@ -140,7 +141,9 @@ WRONG = {   # command line -> words of the sentence
     "--local_scale 0.5 2": "--local_scale: 2", "--blur 0.1": "--blur: expected 2",
     "--search some": "--search", "--model_kwargs1 depth": "--model_kwargs1", "--t_norm maybe": "maybe",
     "--no_such_flag 1": "--no_such_flag", "--demos": "--demos", "--losses cm,st": "--losses cm,st",
-    "--losses sm,xx": "--losses sm,xx", "--warmup_epochs 101": "--warmup_epochs 101 is more",
+    "--losses sm,xx": "--losses sm,xx", "--losses sm,contrast": "--losses sm,contrast",
+    "--batch_size 0": "--batch_size 0", "--epochs 0": "--epochs 0", "--student_temp 0": "--student_temp 0",
+    "--teacher_temp 0": "--teacher_temp 0", "--jitter 0.4": "--jitter: expected 4", "--warmup_epochs 101": "--warmup_epochs 101 is more",
     "--search local --local_crops 0": "--search local needs",
     "--data nowhere": "--data nowhere: no such folder",
     "--data toy --batch_size 5000": "--batch_size 5000 is more than the 4096 images"}
@@ -218,9 +221,8 @@ def test_fashion_mnist_trains_gray_28_pixels(tmp_path):
 
 def test_stl10_trains_on_its_unlabeled_images_too(monkeypatch):
     def data_set(root, split, download):
-        if split not in ("train", "test", "unlabeled", "train+unlabeled"):
-            raise ValueError(f"no split {split}")
-        return split
+        splits = "train", "test", "unlabeled", "train+unlabeled"
+        return torchvision.datasets.utils.verify_str_arg(split, "split", splits)
     monkeypatch.setattr(torchvision.datasets, "STL10", data_set)
     cfg = config("--data", "stl10")
     assert [mokd.get_images(cfg, part) for part in ("train", "val")] == ["train+unlabeled", "test"]
@@ -1162,6 +1164,8 @@ def test_a_run_leaves_its_log_its_weights_and_a_checkpoint(data, tmp_path, capsy
     files = sorted(file.name for file in (tmp_path / "new" / "out").iterdir())
     assert files == ["checkpoint.pth", "log.jsonl", "model1.pth", "model2.pth"]
     records = records_of(tmp_path / "new" / "out")
+    start = records.pop(0)
+    assert start["step"] == 0 and start["settings"]["seed"] == 0 and start["settings"]["lambda2"] == 0.1
     assert [(r["epoch"], r["step"], r["steps"]) for r in records] == [
         (0, 2, 12), (0, 4, 12), (0, 6, 12), (1, 8, 12), (1, 10, 12), (1, 12, 12)]
     for r in records:
@@ -1187,49 +1191,143 @@ def test_a_caller_loads_the_weights_of_a_momentum_backbone_by_plain_torch_load(w
     assert {f"backbone.model.{name}" for name in weights} == backbone
     assert all(torch.equal(value, momentum[f"backbone.model.{name}"]) for name, value in weights.items())
 
-@pytest.mark.parametrize("name, kwargs, pool", [
-    ("resnet18", CNN, "mean"), ("vit_tiny", VIT, "mean"), ("vit_tiny", VIT, "cls"),
-    ("deit_small_patch16_224", VIT, "mean")])
-def test_the_printed_call_gives_the_feature_that_was_trained(name, kwargs, pool, data, tmp_path, capsys):
-    args = ["--arch1", name, "--model_kwargs1", *kwargs, "--vit_pool", pool, "--losses", "sm", "--epochs", 1]
-    train(tmp_path / "out", data, *args)
-    calls = [line for line in capsys.readouterr().out.splitlines() if line.startswith("timm.create_model(")]
-    net = models_of(config(*args))[0].n_
-    net.load_state_dict(state_of(tmp_path / "out")["model1"]["momentum_net"])
-    x = torch.rand(2, 3, 48, 48)   # a ViT takes other sizes than it was trained at
-    assert close(eval(calls[0]).eval()(x), net.backbone.eval()(x)[0], 1e-5)
+FAMILIES = """resnet18 vit_tiny_patch16_224 deit_tiny_distilled_patch16_224 deit3_small_patch16_224 xcit_nano_12_p16_224
+    cait_xxs24_224 beit_base_patch16_224 eva02_tiny_patch14_224 vit_wee_patch16_reg1_gap_256 vit_base_patch16_siglip_224
+    swin_tiny_patch4_window7_224 convnext_atto poolformer_s12 edgenext_xx_small hiera_tiny_224 mobilenetv3_small_050
+    mobilenetv3_large_100 efficientnet_b0 regnetx_002 mixer_s16_224 levit_128s pvt_v2_b0 davit_tiny
+    coatnet_nano_rw_224 efficientformer_l1 repvit_m0_9""".split()
+SHALLOW = dict.fromkeys(("vit_tiny_patch16_224 deit_tiny_distilled_patch16_224 deit3_small_patch16_224 "
+                         "beit_base_patch16_224 vit_base_patch16_siglip_224").split(), dict(depth=1))
+SHALLOW |= dict.fromkeys(("swin_tiny_patch4_window7_224", "davit_tiny", "pvt_v2_b0"),
+                         dict(depths=(1, 1, 1, 1)))
 
-def test_a_demo_ends_with_its_table(tmp_path, monkeypatch, capsys):
+def python_lines(printed, images):
+    """Runs the lines of Python among what a program printed -> its variables."""
+    variables = dict(timm=timm, torch=torch, images=images)
+    for line in printed.splitlines():
+        if line.split("(")[0].split(" = ")[0].rstrip("12") in ("net", "feature", "blocks", "classifier", "logits",
+                                                              "classifier1.load_state_dict"):
+            exec(line, variables)
+    return variables
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_printed_lines_give_the_feature_that_was_trained(name, tmp_path, capsys):
+    """For every family of backbones."""
+    torch.manual_seed(0)
+    b = mokd.Backbone(name, SHALLOW.get(name))
+    for p in b.parameters():   # else some first weights hide a difference
+        p.data += 0.02 * torch.randn(p.shape)
+    torch.save(b.model.state_dict(), tmp_path / "model1.pth")
+    mokd.say_how_to_load(1, b, f"{tmp_path}/model1.pth", f"net1.forward_features(images){b.pooling}")
+    x = torch.rand(1, 3, 224, 224)
+    with torch.no_grad():
+        found = python_lines(capsys.readouterr().out, x)["feature1"]
+        assert found.shape == (1, b.dim) and close(found, b.eval()(x)[0], 1e-6)
+
+def test_a_run_ends_with_lines_that_give_both_features_at_other_sizes_too(data, tmp_path, capsys):
+    args = ["--arch1", "vit_tiny", "--model_kwargs1", *VIT, "--vit_pool", "cls", "--losses", "sm", "--epochs", 1]
+    train(tmp_path / "out", data, *args)
+    x = torch.rand(2, 3, 48, 48)
+    found = python_lines(capsys.readouterr().out, x)
+    for m in models_of(config(*args)):
+        m.n_.load_state_dict(state_of(tmp_path / "out")[f"model{m.i}"]["momentum_net"])
+        assert close(found[f"feature{m.i}"], m.n_.backbone.eval()(x)[0], 1e-5)
+
+def test_a_demo_shows_knn_before_and_after(tmp_path, monkeypatch, capsys):
     """At a fraction of its length."""
     draw_toy = mokd.draw_toy
     monkeypatch.setattr(mokd, "draw_toy", lambda n, part: draw_toy(n // 32, part))
     mokd.main(["--demo", "--epochs", "2", "--out", str(tmp_path)])
-    table = capsys.readouterr().out.split("\nk-NN top-1 on toy, %")[1].splitlines()
-    assert table[0].split() == ["before", "after"]
-    for line, name in zip(table[1:3], ("resnet18", "vit_tiny")):
-        words = line.split()
-        assert words[0].startswith(name) and all(0 < float(word) <= 100 for word in words[1:])
-    assert records_of(tmp_path)[-1]["epoch"] == 1
+    said = [line.split(": ") for line in capsys.readouterr().out.splitlines() if line.startswith("k-NN")]
+    assert [when for when, _ in said] == ["k-NN top-1 before training", "k-NN top-1 after epoch 1"]
+    knn = [record for record in records_of(tmp_path) if "knn1" in record]
+    assert [record["epoch"] for record in knn] == [-1, 1]
+    for (_, shown), record in zip(said, knn):
+        assert shown == f"{record['knn1']:.1f} % and {record['knn2']:.1f} %"
 
-def test_a_collapse_is_reported(data, tmp_path, capsys, monkeypatch):
-    forward = mokd.MLPHead.forward
-    monkeypatch.setattr(mokd.MLPHead, "forward", lambda self, x: forward(self, 0 * x))   # alike for all
-    train(tmp_path / "out", data, "--losses", "sm")
-    printed = capsys.readouterr().out
-    assert "collapse" in printed and "spread_m1, spread_m2" in printed
+@pytest.mark.parametrize("sure, cure", [(False, "lower --teacher_temp"), (True, "lower rates")])
+def test_a_collapse_is_reported_once_an_epoch_with_its_cure(sure, cure, data, tmp_path, capsys, monkeypatch):
+    """Targets that are alike for all images: uniform, or all one answer."""
+    answer = F.one_hot(torch.tensor(3), 32).float() if sure else torch.full((32,), 1 / 32)
+    monkeypatch.setattr(mokd, "target", lambda t, center, tau_: None if t is None else answer.expand(t.shape))
+    train(tmp_path / "out", data, "--losses", "sm", "--epochs", 3)
+    said = [line for line in capsys.readouterr().out.splitlines() if "collapse?" in line]
+    assert [line.split()[2] for line in said] == ["spread_m1,", "spread_m2,"] * 2   # not in the first epoch
+    assert all(cure in line for line in said)
 
-def test_knn_during_training_stands_in_the_log_and_computes_nothing_in_double(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    """Images with train/ and val/."""
+    folder = tmp_path_factory.mktemp("halves")
+    draw_images(folder / "train")
+    draw_images(folder / "val", number=4)
+    return folder
+
+def knn_epochs(out):
+    return [record["epoch"] for record in records_of(out) if "knn1" in record]
+
+def test_knn_during_training_stands_in_the_log_and_computes_nothing_in_double(halves, tmp_path, monkeypatch):
     """Apple's GPUs have no double precision."""
-    draw_images(tmp_path / "data" / "train")
-    draw_images(tmp_path / "data" / "val", number=4)
-
     def no_double(tensor):
         raise TypeError("the MPS framework doesn't support float64")
     monkeypatch.setattr(torch.Tensor, "double", no_double)
-    train(tmp_path / "out", tmp_path / "data", "--knn_every", 2)
+    train(tmp_path / "out", halves, "--knn_every", 2)
     last = records_of(tmp_path / "out")[-1]
-    assert last.keys() == {"epoch", "knn1", "knn2"} and last["epoch"] == 1
+    assert last.keys() == {"epoch", "knn1", "knn2"} and knn_epochs(tmp_path / "out") == [-1, 1]
     assert 0 <= last["knn1"] <= 100 and (last["knn1"] * 8 / 100).is_integer()
+
+@pytest.mark.parametrize("step", [5, 6, 12])
+def test_each_knn_is_in_the_log_once_wherever_a_signal_came(step, halves, tmp_path, monkeypatch):
+    """An epoch has 6 steps, so steps 6 and 12 end before their k-NN."""
+    with monkeypatch.context() as patch:
+        after(patch, step, lambda model1: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            train(tmp_path / "out", halves, "--knn_every", 1)
+    for _ in range(2):   # then it is finished
+        train(tmp_path / "out", halves, "--knn_every", 1)
+    assert knn_epochs(tmp_path / "out") == [-1, 0, 1]
+
+def test_a_knn_in_which_a_run_was_killed_is_made_up_for(halves, tmp_path, monkeypatch):
+    """The third, of the last epoch: its checkpoint is written before."""
+    calls, knn_accuracy = [], mokd.knn_accuracy
+
+    def killed(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return knn_accuracy(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(mokd, "knn_accuracy", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "out", halves, "--knn_every", 1)
+    assert knn_epochs(tmp_path / "out") == [-1, 0] and state_of(tmp_path / "out")["step"] == 12
+    train(tmp_path / "out", halves, "--knn_every", 1)
+    assert knn_epochs(tmp_path / "out") == [-1, 0, 1]
+    (tmp_path / "out" / "checkpoint.pth").unlink()   # a new run in the same folder has its own
+    train(tmp_path / "out", halves, "--knn_every", 2)
+    assert knn_epochs(tmp_path / "out") == [-1, 0, 1, -1, 1]
+
+@pytest.mark.parametrize("rank, known, computes", [(0, True, False), (0, False, True), (1, True, False)])
+def test_the_first_process_decides_by_its_log_whether_knn_is_missing(rank, known, computes, tmp_path, monkeypatch):
+    cfg = config("--out", tmp_path, "--knn_every", 1, "--batch_size", 8)
+    if known:
+        (tmp_path / "log.jsonl").write_text('{"epoch": 0, "knn1": 1.0, "knn2": 2.0}\n')
+    called = []
+    monkeypatch.setattr(mokd, "RANK", rank)
+    monkeypatch.setattr(mokd, "knn_accuracy", lambda *_: called.append(1) or [1.0, 2.0])
+    mokd.log_knn(cfg, models_of(cfg), None, None, CPU, 10, 10)
+    assert bool(called) == computes
+
+def test_processes_without_an_image_take_part_in_knn(monkeypatch):
+    backbone = models_of(config())[1].net.backbone
+    monkeypatch.setattr(mokd, "WORLD", 4)
+    monkeypatch.setattr(mokd, "RANK", 3)
+    features, labels = mokd.extract_features([backbone], mokd.EvalView(few_images(2), 32), CPU)
+    assert len(labels) == 2 and not features[0].any()
+
+def test_log_every_0_logs_no_step(data, tmp_path):
+    train(tmp_path / "out", data, "--log_every", 0)
+    assert [[*record] for record in records_of(tmp_path / "out")] == [["step", "settings"]]
 
 # -------------------------------------------------------------------------------- stopping and resuming a run
 @pytest.mark.parametrize("number, workers, later", [(signal.SIGTERM, 0, 2), (signal.SIGINT, 2, 0)])
@@ -1246,6 +1344,43 @@ def test_a_signal_ends_a_run_after_its_step_and_the_same_command_repeats_the_res
     for mine, undisturbed in zip(records_of(tmp_path)[-2:], records_of(whole)[-2:]):
         for name, value in undisturbed.items():
             assert name in ("images/s", "minutes_left") or mine[name] == value, name
+
+def test_two_quick_signals_of_a_kind_still_leave_a_checkpoint(data, tmp_path, monkeypatch, capsys):
+    """A launcher and a scheduler may both send SIGTERM, and a terminal SIGINT twice."""
+    def twice(model1):
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+            signal.raise_signal(number)
+    after(monkeypatch, 7, twice)
+    code, _ = end_of(capsys, tmp_path, data)
+    assert code == 128 + signal.SIGTERM and state_of(tmp_path)["step"] == 7
+
+@pytest.mark.parametrize("number, ends", [(signal.SIGINT, True), (signal.SIGTERM, False)])
+def test_a_second_interrupt_a_second_later_ends_at_once_and_sigterm_never_does(number, ends, data, tmp_path):
+    """In the third image a loader hangs."""
+    hangs = KILLED.replace("train_step = mokd.train_step", """import time
+real = mokd.MultiCrop.read
+def read(self, index):
+    global real
+    if index == 5:
+        print("hangs", flush=True)
+        for _ in range(60):
+            time.sleep(0.1)
+    return real(self, index)
+mokd.MultiCrop.read = read
+train_step = mokd.train_step""")
+    (tmp_path / "hangs.py").write_text(hangs)
+    args = [*SMALL, *PAIR, *SHORT, "--data", data, "--out", tmp_path / "out", "--epochs", "1"]
+    process = subprocess.Popen([sys.executable, tmp_path / "hangs.py", HERE, "99", *args], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while "hangs" not in process.stdout.readline():
+        assert process.poll() is None
+    for wait in (1.2, 0):
+        process.send_signal(number)
+        time.sleep(wait)
+    process.communicate(timeout=60)
+    saved = (tmp_path / "out" / "checkpoint.pth").exists()
+    assert (process.returncode, saved) == ((-signal.SIGINT, False) if ends else (128 + number, True))
 
 def test_workers_leave_signals_to_the_training_process(data, whole, tmp_path, monkeypatch):
     """A terminal's Ctrl-C reaches them too."""
@@ -1369,7 +1504,7 @@ def test_one_flipped_bit_is_refused(halted, data, tmp_path, capsys):
         assert code == 2 and f"{out}/checkpoint.pth" in message
         assert (out / "checkpoint.pth").read_bytes() == content
 
-@pytest.mark.parametrize("step, words", [(6, "step 8: loss1, "), (8, "step 8: weights of model 1")])
+@pytest.mark.parametrize("step, words", [(6, "step 8: losses"), (8, "step 8: weights of model 1")])
 def test_what_is_not_finite_is_never_saved(step, words, data, tmp_path, capsys, monkeypatch):
     """Weights that step 6 spoils show in the losses of step 8, those of step 8 do not."""
     def spoil(model1):
@@ -1424,7 +1559,8 @@ def test_two_processes_take_the_step_and_the_votes_of_one(tmp_path):
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("processes: 2, on cpu") == 1
-    (step, knn), (step_of_one, knn_of_one) = records_of(tmp_path / "two"), records_of(tmp_path / "one")
+    _, _, step, knn = records_of(tmp_path / "two")
+    _, _, step_of_one, knn_of_one = records_of(tmp_path / "one")
     assert step.keys() == step_of_one.keys() and knn == pytest.approx(knn_of_one, abs=5.1)   # one of 20
     for name in ("loss1", "sm1", "st1", "cm1", "ct1", "loss2", "sm2", "st2", "cm2", "ct2"):
         assert step[name] == pytest.approx(step_of_one[name], rel=2e-5), name
@@ -1467,6 +1603,46 @@ def test_processes_with_other_settings_images_or_checkpoint_than_the_first_are_r
         with pytest.raises(SystemExit) as end:
             mokd.find_checkpoint(other, mokd.get_images(other, "train"))
         assert end.value.code == 1 and "--out" in capsys.readouterr().err
+
+SPY = """
+import importlib.abc, os, sys
+class Spy(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name in ("torch", "numpy", "timm"):
+            print(name, os.environ.get("OMP_WAIT_POLICY"))
+            raise SystemExit
+sys.meta_path.insert(0, Spy())
+import MODULE
+"""
+
+@pytest.mark.parametrize("module", ["mokd", "eval_knn", "eval_linear"])
+def test_openmps_threads_are_told_not_to_spin_before_torch_is_imported(module):
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    for wanted in ({}, {"OMP_WAIT_POLICY": "active"}):
+        done = subprocess.run([sys.executable, "-c", SPY.replace("MODULE", module)], cwd=HERE, env=env | wanted,
+                              capture_output=True, text=True)
+        assert done.stdout.split()[1:] == [wanted.get("OMP_WAIT_POLICY", "passive")], done.stderr
+
+def test_a_world_without_a_rank_is_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("RANK", raising=False)
+    again = runpy.run_path(os.path.join(HERE, "mokd.py"))
+    assert (again["WORLD"], again["RANK"]) == (1, 0)
+
+def test_workers_go_by_the_cores_that_this_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 4, 5, 6, 7}, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    cfg = mokd.parse_args([])
+    mokd.join_processes(cfg)
+    assert (cfg.workers, cfg.dtype) == (2, "fp16")   # as on a V100
+
+def test_dtype_auto_is_fp32_where_nobody_joined_processes():
+    with mokd.autocast(CPU, "auto"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 def test_tasks_of_srun_that_know_nothing_of_each_other_are_refused(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
@@ -1531,13 +1707,53 @@ def test_images_of_16_bits_or_floats_are_unreadable_and_the_reason_is_said(tmp_p
             assert f"{tmp_path}/a/{i}." in said and f"mode {mode}" in said and "255" in said
     assert crops[0, 3][1] == "" and views[3][1] == 0 and not capsys.readouterr().err
 
+def test_floats_are_refused_with_the_cure_and_crops_that_are_no_uint8(tmp_path):
+    """They would train as black."""
+    for wrong in (torch.rand(3, 8, 8), np.zeros((8, 8, 3), np.uint8)):
+        with pytest.raises(TypeError, match="PIL images or uint8 tensors"):
+            mokd.to_rgb(wrong)
+        with pytest.raises(TypeError, match="PIL images or uint8 tensors"):   # no unreadable image
+            mokd.MultiCrop([(wrong, 0)] * 9, config())[0, 0]
+    crops = [torch.zeros(8, 2, 32, 32, 3)]
+    with pytest.raises(AssertionError, match="uint8"):
+        mokd.make_views(crops, config("--local_crops", 0), CPU, 0)
+
+def test_one_process_downloads_then_one_a_machine_then_the_others(monkeypatch):
+    def turns(rank, local_rank):
+        """-> what a process does, in its order."""
+        done = []
+        monkeypatch.setattr(mokd, "RANK", rank)
+        monkeypatch.setattr(mokd, "LOCAL_RANK", local_rank)
+        monkeypatch.setattr(mokd, "wait_for_all", lambda: done.append("wait"))
+        monkeypatch.setattr(mokd, "torchvision_images", lambda *_: done.append("get") or "images")
+        assert mokd.get_images(config("--data", "cifar10"), "train") == "images"
+        return done
+    assert turns(0, 0) == ["get", "wait", "wait", "wait"]
+    assert turns(2, 0) == ["wait", "get", "wait", "wait"]   # the first of a second machine
+    assert turns(1, 1) == turns(3, 1) == ["wait", "wait", "get", "wait"]
+
+def test_a_damaged_file_of_a_data_set_is_said_in_its_own_words(monkeypatch):
+    def with_train(root, train, download):
+        raise ValueError("damaged file")
+
+    def with_split(root, split, download):
+        torchvision.datasets.utils.verify_str_arg(split, "split", ("train", "test"))
+        raise ValueError("damaged file")
+    for data_set in (with_train, with_split):
+        monkeypatch.setattr(torchvision.datasets, "CIFAR10", data_set)
+        with pytest.raises(ValueError, match="damaged file"):
+            mokd.get_images(config("--data", "cifar10"), "train")
+
 def test_hidden_folders_are_no_classes_and_hidden_files_no_images(tmp_path):
     for part in ("train", "val"):
-        folder = draw_images(tmp_path / "data" / part)
+        folder = draw_images(tmp_path / ".cache" / "data" / part)   # what is above the folder does not count
         (folder / ".ipynb_checkpoints").mkdir()
         (folder / ".ipynb_checkpoints" / "0.jpg").write_bytes((folder / "a" / "000.jpg").read_bytes())
         (folder / "a" / "._000.jpg").write_text("what macOS leaves")
-        images = mokd.get_images(config("--data", tmp_path / "data"), part)
+        for hidden in (".thumbnails", "@eaDir"):   # within a class
+            (folder / "a" / hidden / "deep").mkdir(parents=True)
+            (folder / "a" / hidden / "deep" / "0.jpg").write_bytes((folder / "a" / "000.jpg").read_bytes())
+        images = mokd.get_images(config("--data", tmp_path / ".cache" / "data"), part)
         assert images.classes == ["a", "b"] and len(images) == 12
 
 def test_val_matters_only_where_knn_is_asked_for(tmp_path, capsys):
@@ -2084,8 +2300,8 @@ def test_the_best_rate_of_each_model_is_kept_and_marked(trained, few, tmp_path, 
     marked = [line.split()[:3] for line in capsys.readouterr().out.splitlines() if "9.00*" in line]
     assert marked == [["1", "resnet18", "0.2"], ["2", "vit_tiny", "0.1"]]
     log = records(tmp_path / "log.jsonl")
-    assert [r["step"] for r in log if "step" in r] == [3, 6, 8]
-    assert [(r["epoch"], r["results"]) for r in log if "results" in r] == [(1, results), (2, results)]
+    assert [r["step"] for r in log if "step" in r] == [0, 3, 6, 8]
+    assert [(r["epoch"], r["results"]) for r in log if "results" in r] == [(0, results), (1, results)]
 
 def test_a_rate_that_is_not_finite_counts_as_0_and_leaves_the_others_alone(trained, few, tmp_path, capsys):
     source = ["--checkpoint", trained / "checkpoint.pth", "--batch_size", 64, "--epochs", 2,
@@ -2138,7 +2354,8 @@ def two_processes(trained, tmp_path_factory):
     done = subprocess.run([*launch, out / "launched.py", out / "commands"], capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": here})
     assert done.returncode == 0, done.stderr
-    assert records(out / "unused" / "log.jsonl")[0]["step"] == 4
+    assert "Grad strides" not in done.stderr   # of 1x1 convolutions, were they not channels last
+    assert records(out / "unused" / "log.jsonl")[1]["step"] == 4
     return out
 
 def in_one_process(name, trained, out):
@@ -2170,7 +2387,7 @@ def test_linear_of_two_processes_equals_that_of_one(name, two_processes, trained
         assert torch.allclose(two["net"][k], w, rtol=1e-3, atol=1e-5 if name == "probe" else 1e-3), k
     logs = [records(folder / "log.jsonl") for folder in (tmp_path, two_processes / name)]
     assert [r.keys() for r in logs[0]] == [r.keys() for r in logs[1]]
-    for a, b in zip(*logs):
+    for a, b in zip(*[log[1:] for log in logs]):   # without the record of settings
         if "losses" in a:
             assert b["losses"] == pytest.approx(a["losses"], rel=1e-2)
         else:

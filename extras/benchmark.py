@@ -11,14 +11,14 @@ that reaches fewer images/s waits for its loader.
 """
 import argparse, dataclasses, gc, os, sys, time, weakref   # noqa: E401
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))   # where mokd.py is
+import mokd   # before torch
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))   # where mokd.py is
-import mokd
 from mokd import say
 
 def parse(argv=None):

@@ -17,6 +17,8 @@ import contextlib, io, json, math, os, sys, time   # noqa: E401
 from dataclasses import asdict, dataclass
 from types import MethodType, SimpleNamespace
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))   # where mokd.py is
+import mokd   # before torch
 import numpy as np
 import timm
 import torch
@@ -31,9 +33,7 @@ from torchvision.datasets import CocoDetection
 from torchvision.models.detection import MaskRCNN, faster_rcnn, mask_rcnn, roi_heads, rpn, transform
 from torchvision.ops import RoIAlign, roi_align
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))   # where mokd.py is
 import eval_knn
-import mokd
 from mokd import RANK, WORLD, changeable, flag, say
 
 @dataclass

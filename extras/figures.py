@@ -17,6 +17,9 @@ import sys
 import textwrap
 from dataclasses import dataclass
 
+# mokd.py and eval_knn.py lie in the folder above this one.
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import mokd   # noqa: E402, before torch
 import matplotlib
 import torch
 import torch.nn.functional as F
@@ -24,12 +27,9 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.utils import AttentionExtract
 from torch.utils.data import Subset, default_collate
 
-# mokd.py and eval_knn.py lie in the folder above this one.
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import mokd   # noqa: E402
-from eval_knn import Source, labels_of, load_backbones   # noqa: E402
-from mokd import flag, stop   # noqa: E402
-from results import logs_of, read_run, refuse_mixed   # noqa: E402
+from eval_knn import Source, labels_of, load_backbones
+from mokd import flag, stop
+from results import logs_of, read_run, refuse_mixed
 
 matplotlib.use("agg")   # which needs no screen
 import matplotlib.pyplot as plt   # noqa: E402

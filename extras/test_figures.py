@@ -92,7 +92,7 @@ def test_heads_that_look_at_cls_alone_have_a_distance():
 
 def test_a_cnns_distances_equal_a_loop_over_its_maps():
     torch.manual_seed(0)
-    backbone = mokd.Backbone("resnet18", dict(layers=(1, 1, 1, 1), channels=(8, 8, 16, 16)), sizes=[64])
+    backbone = mokd.Backbone("resnet18", dict(layers=(1, 1, 1, 1), channels=(8, 8, 16, 16)), size=64)
     net, x = backbone.eval().model, torch.randn(9, 3, 64, 64)
     pixels, _ = figures.reach_of_cnn(backbone, x)
     Z = net.maxpool(net.act1(net.bn1(net.conv1(x))))
