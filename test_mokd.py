@@ -164,7 +164,7 @@ def test_mokd_is_small_and_names_every_equation():
     assert source.count("\n") <= 1210
     assert [line for line in source.splitlines() if len(line) > 110] == []
     for number in range(1, 10):
-        assert f"eq. ({number})" in source
+        assert f"eq. ({number})" in source.lower()
 
 # ----------------------------------------------------------------------------------------------- data: images
 def picture(seed=0, size=(60, 80)):
@@ -207,13 +207,15 @@ def test_fashion_mnist_trains_gray_28_pixels(tmp_path):
     raw.mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (20, 28, 28)).astype(np.uint8)
     labels = (np.arange(20) % 10).astype(np.uint8)
-    for part in ("train", "t10k"):
-        for kind, values in (("images-idx3", pixels), ("labels-idx1", labels)):
+    for part, shown in (("train", pixels), ("t10k", 255 - pixels)):
+        for kind, values in (("images-idx3", shown), ("labels-idx1", labels)):
             header = struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape)
             (raw / f"{part}-{kind}-ubyte").write_bytes(header + values.tobytes())
     cfg = config("--data", "fashion_mnist", "--data_root", tmp_path)
     images = mokd.get_images(cfg, "train")
     assert len(images) == 20 and images[13][1] == 3
+    for part, shown in (("train", pixels), ("val", 255 - pixels)):
+        assert (np.asarray(mokd.get_images(cfg, part)[4][0]) == shown[4]).all()
     batch = [mokd.MultiCrop(images, cfg)[0, i][0] for i in range(8)]
     x = mokd.make_views([torch.stack(crops) for crops in zip(*batch)], cfg, CPU, 0)
     losses, _ = mokd.train_step(*models_of(cfg), x, cfg, now_of(cfg))
