@@ -26,12 +26,11 @@ from dataclasses import asdict, dataclass, field, fields
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")   # before torch: spinning threads would starve each other
 import timm
 import torch
-import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from timm.models.vision_transformer import Block
+from torch import distributed as dist, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.v2 import RandomResizedCrop, functional as TF
 
@@ -54,8 +53,7 @@ class Config:
     model_kwargs2: dict = flag(None, "arguments of timm.create_model for backbone 2")
     init1: str = flag("", "first weights of backbone 1: a model1.pth, or a file of timm, DINO, MoCo")
     init2: str = flag("", "first weights of backbone 2")
-    vit_pool: str = flag("mean", "a ViT's feature (3.2: of tokens): patch mean [ours], CLS [released]",
-                         choices=("mean", "cls"))
+    vit_pool: str = flag("mean", "a ViT's feature: patch mean [ours], CLS [released]", choices=("mean", "cls"))
     drop_path: float = flag(0.1, "stochastic depth of a student ViT [DINO]", 0.9)
     # heads (3.4)
     out_dim: int = flag(65536, "K, logits of a head [3.4]; use fewer for few images")
@@ -85,8 +83,7 @@ class Config:
     local_size: int = flag(96, "size of the local views in pixels [A.1]")
     local_scale: tuple[float, float] = flag((0.05, 0.25), "part of the image in a local view [A.1]", 1)
     local_crops: int = flag(8, "L, local views of an image [A.1]; 0 for none")
-    jitter: tuple[float, float, float, float] = flag((0.4, 0.4, 0.2, 0.1), "brightness, contrast, saturation,"
-                                                     " hue [DINO]")
+    jitter: tuple[(float,) * 4] = flag((0.4, 0.4, 0.2, 0.1), "brightness, contrast, saturation, hue [DINO]")
     grayscale: float = flag(0.2, "probability of grayscale [DINO]; A.1 names none", 1)
     blur: tuple[float, float] = flag((0.1, 2.0), "range of the Gaussian's sigma, pixels [DINO]; 0 0: none", 2)
     solarize: float = flag(0.2, "probability of solarizing the second global view [DINO]; A.1 names none", 1)
@@ -99,14 +96,13 @@ class Config:
     warmup_epochs: int = changeable(10, "epochs in which rates rise [A.1]; raise it if losses rise")
     cnn_optimizer: str = flag("sgd", "for CNNs, the nets with batch norm [3.4]", choices=OPTIMIZERS)
     vit_optimizer: str = flag("adamw", "for ViTs, the nets without [3.4]", choices=OPTIMIZERS)
-    t_optimizer: str = flag("adamw", "of a CNN's T-Head: adamw [ours], or sgd by 3.4's rule for CNNs; with"
-                            " vit_lr and vit_wd [released]", choices=OPTIMIZERS)
+    t_optimizer: str = flag("adamw", "for a CNN's T-Head [ours]; sgd [3.4, released]", choices=OPTIMIZERS)
     cnn_lr: float = changeable(0.1, "peak rate of CNNs for batches of 256 [A.1]; lower it if losses rise")
-    vit_lr: float = changeable(3e-4, "peak rate of ViTs [A.1] and T-Heads for batches of 256; see cnn_lr")
+    vit_lr: float = changeable(3e-4, "peak rate of ViTs [A.1] and of all T-Heads [released]; as cnn_lr")
     cnn_lr_end: float = changeable(1e-6, "last rate of CNNs [DINO]; 0.0048 [released]")
     vit_lr_end: float = changeable(1e-6, "last rate of ViTs and T-Heads [DINO]; 1e-5 [released]")
     cnn_wd: float = flag(1e-4, "weight decay of CNNs [A.1]; 1-D parameters have none [DINO]")
-    vit_wd: float = flag(0.04, "weight decay of ViTs [A.1] and T-Heads; 1-D parameters have none [DINO]")
+    vit_wd: float = flag(0.04, "weight decay of ViTs [A.1], all T-Heads [released]; not 1-D [DINO]")
     wd_end: float = flag(None, "vit_wd goes to this by a cosine, to 0.4 in DINO and [released]; unset: stays")
     clip_grad: float = changeable(3.0, "norm to which each gradient tensor is clipped [DINO]; 0: none")
     freeze_last_layer: int = flag(1, "epochs of frozen last layers [DINO]; raise it if losses rise")
@@ -118,8 +114,7 @@ class Config:
     grad_checkpointing: bool = changeable(False, "run students' backbones forward twice, for half the memory")
     log_every: int = changeable(20, "steps between log lines; 0: none")
     save_every: int = changeable(0, "steps between checkpoints; 0: one each epoch")
-    knn_every: int = changeable(0, "epochs between k-NN evaluations of the momentum nets, which also come"
-                                " before the first and after the last; 0: none")
+    knn_every: int = changeable(0, "epochs between k-NN evaluations, the first before training; 0: none")
     demo: bool = changeable(False, "train a small pair on toy images, with k-NN before and after")
 
 # ------------------------------------------------------------------------------------------------ Algorithm 1
@@ -220,8 +215,8 @@ def target(t, center, tau_):
 
 # ----------------------------------------------------------------------------------------------- search (3.3)
 def search_pairs(V, which="all"):
-    """Pairs (g, v) of a momentum net's global view and another view of a student, which searches it, sorted by
-    g. Algorithm 1 has two views, and so the pairs of "global" alone."""
+    """Pairs (g, v), sorted: global view g of a momentum net, and another view v of a student, which searches
+    it. Algorithm 1 has two views, and so the pairs of "global" alone."""
     if which == "local":    # [released]
         return [(0, v) for v in range(2, V)]
     views = range(2 if which == "global" else V)
@@ -305,8 +300,8 @@ class Net(nn.Module):
     def __init__(self, backbone, cfg):
         super().__init__()
         self.backbone = backbone
-        learn_gain = backbone.family == "vit"   # a CNN's MLP-Head keeps its gain at 1 [released]
-        self.mlp_head = MLPHead(backbone.dim, cfg.out_dim, cfg.hidden_dim, cfg.bottleneck_dim, learn_gain)
+        self.mlp_head = MLPHead(backbone.dim, cfg.out_dim, cfg.hidden_dim, cfg.bottleneck_dim,
+                                backbone.family == "vit")   # a CNN's keeps its gain at 1 [released]
         self.t_head = None
         if {"st", "ct"} & set(cfg.losses.split(",")):
             self.t_head = THead(backbone.dim, cfg.out_dim, cfg.t_dim, cfg.t_depth, cfg.t_heads,
@@ -317,15 +312,13 @@ class Net(nn.Module):
         B = len(x[0]) // 2
         pooled, tokens = zip(*[self.backbone(views) for views in x])
         Z = Representation(torch.cat(pooled).unflatten(0, (-1, B)), tokens)
-        t = None
-        if self.t_head is not None:
-            t = torch.cat([self.t_head(of_a_size) for of_a_size in tokens]).unflatten(0, (-1, B))
+        t = self.t_head and torch.cat([self.t_head(of_size) for of_size in tokens]).unflatten(0, (-1, B))
         return self.mlp_head(Z.pooled), t, Z
 
 # -------------------------------------------------------------------------------------------- backbones (3.1)
 class Backbone(nn.Module):
     """A timm model: images (B, 3, S, S) -> pooled (B, C), tokens (B, N, C). Tokens are a CNN's last map or a
-    ViT's patches; pooled is their mean, or a ViT's CLS. family is "cnn" for a net with batch norm, else "vit";
+    ViT's patches; pooled is their mean, or a ViT's CLS. family is "cnn" for a net with batch norm, or "vit";
     dim is C, num_tokens N of an image of `size` pixels."""
     def __init__(self, name, kwargs=None, pool="mean", size=224, drop_path=0.0):
         super().__init__()
@@ -361,8 +354,7 @@ class Backbone(nn.Module):
         return self.pool(self.model.forward_features(x))
 
 def create_model(name, kwargs, drop_path=0.0):
-    """-> timm.create_model for views of several sizes, and the arguments that it got: kwargs, and those of
-    our own that it knows."""
+    """-> timm.create_model for views of several sizes, its arguments. It gets those of ours that it knows."""
     options = dict(dynamic_img_size=True, strict_img_size=False, drop_path_rate=drop_path)
     options["zero_init_last"] = False   # ResNets start as torchvision's, not as timm's [ours]
     while True:
@@ -419,8 +411,7 @@ class Model:
                 net.compile(dynamic=False)
         for name in ("C_m", "C_t"):   # buffers, so they are saved with the net
             self.n_.register_buffer(name, torch.zeros(1, cfg.out_dim, device=device))
-        self.params = list(self.net.parameters())
-        self.params_ = list(self.n_.parameters())
+        self.params, self.params_ = list(self.net.parameters()), list(self.n_.parameters())
         self.optimizers = self.make_optimizers()
         self.n = self.net
         if WORLD > 1:
@@ -522,12 +513,12 @@ def train(cfg, models, images, val, state, device):
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16")
     step = resume(cfg, models, scaler, state) if state else 0
     per_epoch = len(images) // cfg.batch_size
-    steps = cfg.epochs * per_epoch
+    begin, steps = step, cfg.epochs * per_epoch
     if step < steps:   # else a finished run would have something new
         log(cfg, dict(step=step, settings=asdict(cfg)))
     log_knn(cfg, models, images, val, device, step, per_epoch)   # where a run was stopped before it
-    begin, unreadable = step, 0
     window, start = [], time.time()   # losses of the steps since the last log line, and when they began
+    unreadable = 0   # images of this epoch
     catch_signals()
     keys = batches(len(images), cfg, step)
     for crops, lines in make_loader(MultiCrop(images, cfg), device, cfg.workers, batch_sampler=keys):
@@ -539,11 +530,9 @@ def train(cfg, models, images, val, state, device):
             names = "".join(f"{name:>8}" for name in [*losses, "img/s", " min left"])
             say(f"\n{'epoch':>5}{'step':>16} {names}")
         step += 1
-
-        # What does this step end with? Only where it logs or saves does the host wait for the device (in fp16
-        # SGD's scaler does too).
+        # Only where it logs or saves does the host wait for the device (in fp16 SGD's scaler does too).
         n, stopped = after_step(lines)
-        unreadable = n if now.step % per_epoch == 0 else unreadable + n   # of this epoch
+        unreadable = n if now.step % per_epoch == 0 else unreadable + n
         refuse_unreadable(unreadable, len(images))
         logging = cfg.log_every and (step % cfg.log_every == 0 or step == steps)
         saving = stopped or step % (cfg.save_every or per_epoch) == 0 or step == steps
@@ -574,38 +563,30 @@ def log_line(cfg, models, now, per_epoch, speed, losses, statistics):
     log(cfg, record | dict(GB=torch.cuda.max_memory_allocated() / 1e9))   # 0 without a GPU
     columns = "".join(f"{loss:8.3f}" for loss in losses.values())
     say(f"{now.epoch:5}{f'{step}/{steps}':>16} {columns}{speed:8.0f}{record['minutes_left']:9.0f}")
-    if now.step % per_epoch < cfg.log_every and step > steps / 4:   # once an epoch; earlier they may yet part
-        report_collapse(cfg, statistics)
-
-def report_collapse(cfg, statistics):
-    """Say which targets have no spread, so are the same for all images. Both bounds are [ours]."""
-    log_K = math.log(cfg.out_dim)
-    for name, spread in statistics.items():
-        if name.startswith("spread") and spread < 0.01 * log_K:
-            uniform = statistics[name.replace("spread", "entropy")] > log_K / 2
-            say(f"collapse? Low {name}, because its targets are " + (
-                "uniform: lower --teacher_temp; for a t also --t_norm" if uniform else
-                "one answer to all images: lower rates, or higher --ema"))
+    for name, value in statistics.items():   # once an epoch; all three bounds are [ours]
+        if now.step % per_epoch < cfg.log_every and step > steps / 4 and value < 0.01 * math.log(cfg.out_dim):
+            if name.startswith("spread"):
+                uniform = statistics[name.replace("spread", "entropy")] > math.log(cfg.out_dim) / 2
+                say(f"collapse? Low {name}, because its targets are " + (
+                    "uniform: lower --teacher_temp; for a t also --t_norm" if uniform else
+                    "one answer to all images: lower rates, or higher --ema"))
 
 def target_statistics(targets):
     """Of each momentum head's targets p (2, B, K), in nats: the mean entropy H(p), and the spread, H(mean p)
-    - mean H(p), which is at most log K and at most log 2B. Without spread a head says the same of every image:
-    collapse, which no loss shows. Processes look at their own share, and these are means over them."""
+    - mean H(p), at most log K and log 2B. Without spread a head says the same of every image: collapse, which
+    no loss shows. Processes look at their own share, and these are means over them."""
     statistics = {}
     for name, p in targets.items():
-        if p is None:
-            continue
-        p = p.flatten(0, 1)
-        entropy = torch.special.entr(p).sum(-1).mean()
-        statistics[f"entropy_{name}"] = entropy
-        statistics[f"spread_{name}"] = torch.special.entr(p.mean(0)).sum() - entropy
+        if p is not None:
+            entropy = torch.special.entr(p).sum(-1).mean()
+            statistics[f"entropy_{name}"] = entropy
+            statistics[f"spread_{name}"] = torch.special.entr(p.mean((0, 1))).sum() - entropy
     return means_of([statistics])
 
 def means_of(window):
     """Dicts of numbers on the device, one a step -> their means over steps and processes, on the host."""
     values = torch.stack([torch.stack(list(numbers.values())) for numbers in window])   # (steps, names)
-    means = sum_over_processes(values).mean(0) / WORLD
-    return dict(zip(window[0], means.tolist()))
+    return dict(zip(window[0], (sum_over_processes(values).mean(0) / WORLD).tolist()))
 
 # ------------------------------------------------------------------------------------------------- k-NN (A.2)
 def log_knn(cfg, models, images, val, device, step, per_epoch):
@@ -631,16 +612,14 @@ def knn_accuracy(backbones, train, val, cfg, device):
 def knn_classify(bank, labels, queries, ks=(20,), temperature=0.07, classes=None):
     """DINO's weighted k-NN: votes (len(ks), Q, classes) for queries (Q, D) by their k nearest in bank (n, D),
     of labels (n,). A neighbor weighs exp(cosine / temperature), relative to the nearest; argmax predicts."""
-    classes = classes or int(labels.max()) + 1
-    votes = []
+    classes, votes = classes or int(labels.max()) + 1, []
     for rows in queries.split(256):
         query = F.normalize(rows.float(), dim=1)   # half precision has changed the lengths a little
         cosine = torch.cat([query @ F.normalize(part.float(), dim=1).T for part in bank.split(2 ** 16)], 1)
         cosine, nearest = cosine.topk(min(max(ks), len(bank)))
         weight = ((cosine - cosine[:, :1]) / temperature).exp()
-        voted = labels[nearest]
-        none = torch.zeros(len(rows), classes, device=queries.device)
-        votes.append(torch.stack([none.scatter_add(1, voted[:, :k], weight[:, :k]) for k in ks]))
+        none = weight.new_zeros(len(rows), classes)
+        votes.append(torch.stack([none.scatter_add(1, labels[nearest[:, :k]], weight[:, :k]) for k in ks]))
     return torch.cat(votes, 1)
 
 class EvalView:
@@ -664,8 +643,7 @@ class EvalView:
 def extract_features(backbones, views, device, batch_size=256, workers=0, dtype="fp32", progress=None):
     """-> [L2-normalized pooled features (n, C) of each backbone, in half precision], labels (n,), of all
     images with a label, for all processes. progress(done, n) is told how far it is."""
-    n = len(views.images)
-    # A process fills its own rows, and the sum over processes joins them.
+    n = len(views.images)   # a process fills its own rows, and the sum over processes joins them
     features = [torch.zeros(n, b.dim, dtype=torch.half, device=device) for b in backbones]
     labels = torch.zeros(n, dtype=torch.long, device=device)
     mine = [rows for rows in torch.arange(n)[RANK::WORLD].split(batch_size) if len(rows)]
@@ -675,18 +653,16 @@ def extract_features(backbones, views, device, batch_size=256, workers=0, dtype=
         x = normalize(x.to(device, non_blocking=True).float() / 255)
         for net, found in zip(nets, features):
             with autocast(device, dtype):
-                pooled, _ = net(x)
-            found[rows] = F.normalize(pooled.float(), dim=1).half()
+                found[rows] = F.normalize(net(x)[0].float(), dim=1).half()
         if progress:
             progress(min(n, rows[-1].item() + WORLD), n)
     nets.train()
     labels = sum_over_processes(labels)
     refuse_unreadable((labels == NO_IMAGE).sum().item(), n)
-    labeled = labels >= 0
-    features = [sum_over_processes(found)[labeled] for found in features]
+    features = [sum_over_processes(found)[labels >= 0] for found in features]
     if not all(found.isfinite().all() for found in features):
         stop("features are not finite: the weights are damaged, or try --dtype fp32", 1)
-    return features, labels[labeled]
+    return features, labels[labels >= 0]
 
 def refuse_unlike_classes(train, val, data):
     odd = set(getattr(train, "classes", ())) ^ set(getattr(val, "classes", ()))
@@ -787,15 +763,13 @@ def adjust_saturation(x, f):
 
 def adjust_hue(x, f):
     """Turn the hue by f of a full circle, through HSV."""
-    # RGB to HSV: value v, chroma c (v times the saturation), hue h in sixths of the circle; gray has any hue
     r, g, b = x.split(1, 1)
     v = x.amax(1, keepdim=True)
-    c = v - x.amin(1, keepdim=True)
+    c = v - x.amin(1, keepdim=True)   # chroma; for gray it is 0, and the hue h (in sixths) may be any
     d = c.clamp_min(1e-8)
     h = torch.where(v == r, (g - b) / d, torch.where(v == g, (b - r) / d + 2, (r - g) / d + 4))
-    h = h + 6 * f
-    # HSV to RGB: red is v - c clamp(min(k, 4 - k), 0, 1) with k = h + 5 mod 6, green has 3 for 5, blue 1
-    k = (h + torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)) % 6
+    # Back: red is v - c clamp(min(k, 4 - k), 0, 1) with k = h + 5 mod 6; green has 3 for 5, blue has 1.
+    k = (h + 6 * f + torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)) % 6
     return v - c * torch.minimum(k, 4 - k).clamp(0, 1)
 
 def gaussian_blur(x, sigma, radius=6):
@@ -878,8 +852,8 @@ def to_rgb(image):
     if isinstance(image, torch.Tensor) and image.dtype == torch.uint8:
         return image.expand(3, -1, -1)
     if not isinstance(image, Image.Image):   # floats would train as black
-        raise TypeError(f"an image is {getattr(image, 'dtype', type(image))}: a data set must give PIL images or "
-                        "uint8 tensors (3 or 1, H, W)")
+        kind = getattr(image, "dtype", type(image))
+        raise TypeError(f"an image is {kind}: a data set gives PIL images or uint8 tensors (3 or 1, H, W)")
     if image.mode[0] in "FI":
         raise OSError(f"mode {image.mode}: which value is white? save it with 8 bits, where 255 is")
     if "A" in image.getbands() or "transparency" in image.info:
@@ -1126,8 +1100,8 @@ def read_flags(config, argv, about):
     return config(**given)
 
 # --demo stands for these flags. Those of a backbone are left out where another --arch is given.
-DEMO = """--data toy --out runs/demo --epochs 14 --knn_every 14 --batch_size 64 --warmup_epochs 1 --freeze_last_layer 0
-    --out_dim 256 --hidden_dim 256 --bottleneck_dim 32 --t_dim 48 --t_depth 1 --t_heads 3 --t_norm
+DEMO = """--data toy --out runs/demo --epochs 14 --knn_every 14 --batch_size 64 --warmup_epochs 1 --t_norm
+    --freeze_last_layer 0 --out_dim 256 --hidden_dim 256 --bottleneck_dim 32 --t_dim 48 --t_depth 1 --t_heads 3
     --global_size 24 --global_scale 0.5 1 --local_size 12 --local_scale 0.3 0.8 --local_crops 2
     --jitter 0.4 0.4 0.4 0.2 --blur 0 0 --solarize 0 --drop_path 0 --cnn_optimizer adamw --cnn_lr 0.01
     --vit_lr 0.01 --ema 0.99 --center_momentum 0.5 --teacher_temp 0.015 --teacher_temp_start 0.015"""
@@ -1223,11 +1197,10 @@ def run(cfg):
         say_how_to_load(i, b, f"{cfg.out}/model{i}.pth", f"net{i}.forward_features(images){b.pooling}")
 
 def say_how_to_load(i, backbone, file, feature):
-    """Print lines of Python that load weights and give a feature, in the arguments that bear on either."""
-    kwargs = {k: v for k, v in backbone.timm_kwargs.items() if k not in ("drop_path_rate", "zero_init_last")}
-    kwargs = "".join(f"{name}={value!r}, " for name, value in kwargs.items())
-    say(f"net{i} = timm.create_model({backbone.timm_name!r}, {kwargs}num_classes=0, checkpoint_path={file!r}).eval()")
-    say(f"feature{i} = {feature}")
+    """Print lines of Python that load weights and give a feature."""
+    kwargs = "".join(f"{name}={value!r}, " for name, value in backbone.timm_kwargs.items())
+    call = f"timm.create_model({backbone.timm_name!r}, {kwargs}num_classes=0, checkpoint_path={file!r})"
+    say(f"net{i} = {call}.eval()\nfeature{i} = {feature}")
 
 def main(argv=None, parse=parse_args, run=run):
     """Run a program of this project, and leave nothing behind, whatever ends it."""

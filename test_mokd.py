@@ -1320,10 +1320,10 @@ def test_the_first_process_decides_by_its_log_whether_knn_is_missing(rank, known
 
 def test_processes_without_an_image_take_part_in_knn(monkeypatch):
     backbone = models_of(config())[1].net.backbone
-    monkeypatch.setattr(mokd, "WORLD", 4)
-    monkeypatch.setattr(mokd, "RANK", 3)
-    features, labels = mokd.extract_features([backbone], mokd.EvalView(few_images(2), 32), CPU)
-    assert len(labels) == 2 and not features[0].any()
+    monkeypatch.setattr(mokd, "WORLD", 16)
+    monkeypatch.setattr(mokd, "RANK", 15)
+    features, labels = mokd.extract_features([backbone], mokd.EvalView(few_images(8), 32), CPU)
+    assert len(labels) == 8 and not features[0].any()
 
 def test_log_every_0_logs_no_step(data, tmp_path):
     train(tmp_path / "out", data, "--log_every", 0)

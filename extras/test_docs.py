@@ -3,11 +3,12 @@ Python too. CIFAR-10's rows in RESULTS.md are what the committed logs say.
 
     python -m pytest -q extras/test_docs.py
 """
-import ast, glob, itertools, json, os, re, subprocess, sys   # noqa: E401
+import ast, glob, itertools, json, os, re, statistics, subprocess, sys   # noqa: E401
 from dataclasses import asdict
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 from torchvision.io import write_png
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -110,6 +111,31 @@ def test_tables_and_figures_of_results_come_out_of_what_its_commands_leave(tmp_p
     for name in os.listdir("runs/study"):
         row = f"| runs/study/{name} | 0, 1, 2 | 50.0 ± 0.0 | 60.0 ± 0.0 |"
         assert study.count(row) == name.startswith("cnnvit-")
+
+
+def test_the_sweep_of_tables_ends_in_a_table_of_its_runs(tmp_path, monkeypatch, capsys):
+    """On a few toy images. Of a flag that is given twice the last counts."""
+    monkeypatch.chdir(tmp_path)
+    images = TensorDataset(*mokd.draw_toy(16, "sweep"))
+    monkeypatch.setattr(mokd, "get_images", lambda cfg, part: images)
+    small = "--epochs 1 --warmup_epochs 0 --batch_size 8 --knn_every 1 --workers 0 --out_dim 16".split()
+    top1 = {}   # of model 1 by folder
+    for program, *args in calls_of("extras/TABLES.md"):
+        if program == "mokd.py" and "runs/sweep/" in args[-1]:
+            mokd.main([*args, *small])
+            folder, seed = os.path.split(args[-1])
+            start, *_, last = results.read_log(f"{args[-1]}/log.jsonl")
+            lambdas = f"{start['settings']['lambda1']:g}-{start['settings']['lambda2']:g}"
+            assert folder == f"runs/sweep/{lambdas}" and seed == f"seed{start['settings']['seed']}"
+            top1.setdefault(folder, []).append(last["knn1"])
+        elif program == "extras/results.py":
+            capsys.readouterr()
+            results.main(args)
+    rows = capsys.readouterr().out.splitlines()[3:]   # after the head of one table
+    assert len(rows) == len(top1) == 3
+    for row, (folder, values) in zip(rows, top1.items()):
+        mean, deviation = statistics.mean(values), statistics.stdev(values)
+        assert row.startswith(f"| {folder} | 0, 1, 2 | {mean:.1f} ± {deviation:.1f} |")
 
 
 def test_every_flag_that_the_text_names_exists():
