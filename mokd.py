@@ -1,17 +1,16 @@
 """MOKD: Multi-mode Online Knowledge Distillation for self-supervised visual representation learning (Song et
 al., CVPR 2023, arXiv 2304.06461), in one file.
 
-Two different backbones learn together, without labels, each from its own momentum copy (self-distillation)
-and from the other's (cross-distillation). An MLP-Head reads the pooled representation; a T-Head reads the
-local features, which the other model's pooled feature can search.
+Two backbones learn together, without labels, each from its own momentum copy (self-distillation) and from
+the other's (cross-distillation). An MLP-Head reads the pooled representation; a T-Head reads the local
+features, which the other model's pooled feature can search.
 
     python mokd.py --demo                                                   # minutes on two cores, no data
     python mokd.py --data path/to/images --arch1 resnet18 --arch2 vit_tiny  # one process, any device
-    torchrun --nproc_per_node=8 mokd.py --arch1 resnet50 --arch2 vit_small  # the paper's pair on ImageNet
+    torchrun --nproc_per_node=8 mokd.py --arch1 resnet50 --arch2 vit_small  # a pair of the paper's
 
-The file goes from the top down. The method: settings (A.1), train_step, which is Algorithm 1, losses (3.2,
-3.3), search (3.3), heads (3.4), backbones (3.1), the two models, schedules (A.1). What runs it: training
-loop, k-NN (A.2), views (A.1), images, log and checkpoints, processes and signals, command line, toy images,
+The file goes from the top down: settings (A.1), train_step, which is Algorithm 1, losses (3.2, 3.3), search
+(3.3), heads (3.4), backbones, the two models, schedules (A.1); then what runs it, from the training loop to
 main. The four k of A.2 are in eval_knn.py, linear probing in eval_linear.py.
 
 Names are Algorithm 1's: m and t are logits of the MLP-Head and of the T-Head, Z is a representation. A
@@ -44,16 +43,16 @@ OPTIMIZERS = ("sgd", "adamw")
 
 @dataclass
 class Config:
-    """Every setting with its source. Config() is what the paper says for ImageNet, completed where it is
-    silent. A new line here is a new flag with help."""
+    """Every setting with its source. Config() is the paper's run on ImageNet; where the paper is silent, or
+    we depart from it, another source stands in brackets. A new line here is a new flag with help."""
     # the two models (Sec. 4)
     arch1: str = flag("resnet50", "backbone 1: resnet50, vit_small, ... or any timm model [Sec. 4]")
     arch2: str = flag("vit_small", "backbone 2; it may equal backbone 1 [Sec. 4]")
     model_kwargs1: dict = flag(None, "arguments of timm.create_model for backbone 1, as patch_size=8")
     model_kwargs2: dict = flag(None, "arguments of timm.create_model for backbone 2")
-    init1: str = flag("", "first weights of backbone 1: a model1.pth, or a file of timm, DINO, MoCo")
+    init1: str = flag("", "first weights of backbone 1 alone: a model1.pth, or a file of timm, DINO, MoCo")
     init2: str = flag("", "first weights of backbone 2")
-    vit_pool: str = flag("mean", "a ViT's feature: patch mean [ours], CLS [released]", choices=("mean", "cls"))
+    vit_pool: str = flag("mean", "a ViT's feature: patch mean or CLS [released]", choices=("mean", "cls"))
     drop_path: float = flag(0.1, "stochastic depth of a student ViT [DINO]", 0.9)
     # heads (3.4)
     out_dim: int = flag(65536, "K, logits of a head [3.4]; use fewer for few images")
@@ -83,7 +82,8 @@ class Config:
     local_size: int = flag(96, "size of the local views in pixels [A.1]")
     local_scale: tuple[float, float] = flag((0.05, 0.25), "part of the image in a local view [A.1]", 1)
     local_crops: int = flag(8, "L, local views of an image [A.1]; 0 for none")
-    jitter: tuple[(float,) * 4] = flag((0.4, 0.4, 0.2, 0.1), "brightness, contrast, saturation, hue [DINO]")
+    jitter: tuple[float, float, float, float] = flag((0.4, 0.4, 0.2, 0.1),
+                                                     "brightness, contrast, saturation, hue [DINO]")
     grayscale: float = flag(0.2, "probability of grayscale [DINO]; A.1 names none", 1)
     blur: tuple[float, float] = flag((0.1, 2.0), "range of the Gaussian's sigma, pixels [DINO]; 0 0: none", 2)
     solarize: float = flag(0.2, "probability of solarizing the second global view [DINO]; A.1 names none", 1)
@@ -94,8 +94,8 @@ class Config:
     epochs: int = flag(100, "epochs [Sec. 4]")
     batch_size: int = flag(256, "images of a step over all processes [Sec. 4, A.1]")
     warmup_epochs: int = changeable(10, "epochs in which rates rise [A.1]; raise it if losses rise")
-    cnn_optimizer: str = flag("sgd", "for CNNs, the nets with batch norm [3.4]", choices=OPTIMIZERS)
-    vit_optimizer: str = flag("adamw", "for ViTs, the nets without [3.4]", choices=OPTIMIZERS)
+    cnn_optimizer: str = flag("sgd", "for CNNs [3.4], here all nets with batch norm", choices=OPTIMIZERS)
+    vit_optimizer: str = flag("adamw", "for ViTs [3.4], here all others", choices=OPTIMIZERS)
     t_optimizer: str = flag("adamw", "for a CNN's T-Head [ours]; sgd [3.4, released]", choices=OPTIMIZERS)
     cnn_lr: float = changeable(0.1, "peak rate of CNNs for batches of 256 [A.1]; lower it if losses rise")
     vit_lr: float = changeable(3e-4, "peak rate of ViTs [A.1] and of all T-Heads [released]; as cnn_lr")
@@ -120,14 +120,14 @@ class Config:
 # ------------------------------------------------------------------------------------------------ Algorithm 1
 def train_step(model1, model2, x, cfg, now, scaler=None):
     """One step of Algorithm 1 on views x (make_views) -> losses by name, targets by head. A new loss goes
-    into loss1, loss2 and named. loss1 must reach no weight of model 2, nor loss2 of model 1, because each has
-    a backward pass of its own, and under DDP a net takes part in one."""
+    into loss1, loss2 and, in each step, named. Each of loss1 and loss2 has its own backward pass, so loss1
+    must reach no weight of model 2, nor loss2 of model 1."""
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     losses = cfg.losses.split(",")   # one that is left out is 0
     n1, n2, n1_, n2_ = model1.n, model2.n, model1.n_, model2.n_
     tau, tau_ = cfg.student_temp, now.tau_
-    # Pairs (g, v): view g of a momentum net teaches view v of a student; view v of a student searches view g
-    # of a momentum net. What the i-th search finds teaches the view v that searched.
+    # Pairs (g, v): view g of a momentum net teaches view v of a student. In a search, v is the query's view
+    # and g the searched one; what the i-th search finds teaches v.
     teaches = search_pairs(2 + cfg.local_crops)
     searches = search_pairs(2 + cfg.local_crops, cfg.search)
     found_teaches = [(i, v) for i, (g, v) in enumerate(searches)]
@@ -139,36 +139,33 @@ def train_step(model1, model2, x, cfg, now, scaler=None):
         reseed(cfg.seed, "stochastic depth", 2, now.step, RANK)
         m2, t2, Z2 = n2(x)
         with torch.no_grad():
-            global_views = x[:1]   # one tensor holds both
+            global_views = x[:1]   # x[0] has both, (2B, 3, S, S)
             m1_, t1_, Z1_ = n1_(global_views)   # m1_, t1_: (2, B, K)
             m2_, t2_, Z2_ = n2_(global_views)
-            # Feature search (3.3): t1_(Z2, Z1_) and t2_(Z1, Z2_) of Algorithm 1, where t1_ is n1_.t_head. No
-            # gradient reaches a query [released], of which the paper says nothing. So a T-Head's embed
-            # learns from its own model's tokens alone, in st and in ct.
+            # Feature search (3.3): t1_(Z2, Z1_) and t2_(Z1, Z2_) of Algorithm 1, where t1_ is n1_.t_head.
+            # What it finds is a target, so no gradient reaches a query (Fig. 2).
             if "ct" in losses:
-                query1 = model1.net.t_head.query_of(Z1.pooled)   # (V, B, t_dim)
+                query1 = model1.net.t_head.query_of(Z1.pooled)   # (V, B, C) -> (V, B, t_dim)
                 query2 = model2.net.t_head.query_of(Z2.pooled)
                 t1_s = search(n1_.t_head, query2, Z1_.tokens[0], searches)   # (searches, B, K)
                 t2_s = search(n2_.t_head, query1, Z2_.tokens[0], searches)
+                p_t1_s = target(t1_s, n1_.C_t * cfg.search_center, tau_)
+                p_t2_s = target(t2_s, n2_.C_t * cfg.search_center, tau_)
 
     # Eq. (1), in fp32: the targets (2, B, K), and of the students the logarithms that H takes, V times (B, K)
     p_m1_, p_t1_ = target(m1_, n1_.C_m, tau_), target(t1_, n1_.C_t, tau_)
     p_m2_, p_t2_ = target(m2_, n2_.C_m, tau_), target(t2_, n2_.C_t, tau_)
     log_m1, log_t1 = log_softmax(m1, tau), log_softmax(t1, tau)
     log_m2, log_t2 = log_softmax(m2, tau), log_softmax(t2, tau)
-    if "ct" in losses:
-        p_t1_s = target(t1_s, n1_.C_t * cfg.search_center, tau_)   # (searches, B, K)
-        p_t2_s = target(t2_s, n2_.C_t * cfg.search_center, tau_)
 
     # Self-distillation (3.2) through the MLP-Heads, eq. (2), and through the T-Heads, eq. (3). The paper adds
-    # the latter because ct alone would never update the T-Heads that search; its own ct does, through t1.
+    # the latter because ct alone would never update the momentum T-Heads; as written it would, through t1.
     loss_sm1 = H(p_m1_, log_m1, teaches)
     loss_sm2 = H(p_m2_, log_m2, teaches)
     loss_st1 = H(p_t1_, log_t1, teaches) if "st" in losses else 0.0
     loss_st2 = H(p_t2_, log_t2, teaches) if "st" in losses else 0.0
 
-    # Cross-distillation (3.3) through the MLP-Heads, eq. (5), and through the search, eq. (7). Algorithm 1
-    # misprints loss_ct as loss_it here.
+    # Cross-distillation (3.3) through the MLP-Heads, eq. (5), and the search, eq. (7); loss_it is a misprint.
     loss_cm1 = H(p_m2_, log_m1, teaches) if "cm" in losses else 0.0
     loss_cm2 = H(p_m1_, log_m2, teaches) if "cm" in losses else 0.0
     loss_ct1 = H(p_t2_s, log_t1, found_teaches) if "ct" in losses else 0.0
@@ -188,7 +185,7 @@ def train_step(model1, model2, x, cfg, now, scaler=None):
     model1.update_momentum_net(now.l)
     model2.update_momentum_net(now.l)
 
-    # DINO's centering (A.1), which Algorithm 1 leaves out. Outputs of the search take no part.
+    # DINO's centering (A.1), which Algorithm 1 leaves out. Outputs of the search do not enter the centers.
     model1.update_centers(m1_, t1_)
     model2.update_centers(m2_, t2_)
     named = dict(loss1=loss1, sm1=loss_sm1, st1=loss_st1, cm1=loss_cm1, ct1=loss_ct1,
@@ -204,8 +201,8 @@ def H(t, log_s, pairs):
     return sum(losses) / len(losses)
 
 def log_softmax(s, tau):
-    """Student logits (V, B, K) -> for each view the logarithm of eq. (1), (B, K), which may not be taken of a
-    softmax: that can be 0. Without a T-Head its logits, and what follows from them, are None."""
+    """Student logits (V, B, K) -> for each view the logarithm of eq. (1), (B, K). A softmax may underflow to
+    0, which has none. None, of a net without T-Head, stays None."""
     return None if s is None else (s.float() / tau).log_softmax(-1).unbind()
 
 def target(t, center, tau_):
@@ -220,7 +217,7 @@ def search_pairs(V, which="all"):
     if which == "local":    # [released]
         return [(0, v) for v in range(2, V)]
     views = range(2 if which == "global" else V)
-    return [(g, v) for g in range(2) for v in views if v != g]   # [ours] where V > 2
+    return [(g, v) for g in range(2) for v in views if v != g]   # all: [DINO] to teach, [ours] to search
 
 def search(t_head_, query, tokens_, pairs):
     """t_s = t_(Z, Z_) of Algorithm 1, the feature search (3.3, Fig. 3): queries (V, B, dim) of one student,
@@ -265,8 +262,7 @@ class THead(nn.Module):
     def __init__(self, in_dim, out_dim, dim=384, depth=3, num_heads=6, num_tokens=49, l2_normalize=False):
         super().__init__()
         layer_norm = functools.partial(nn.LayerNorm, eps=1e-6)
-        # The 1x1 convolution from C channels to dim. It maps queries and tokens, so that both models' meet at
-        # one width, where eq. (6) brings a query to the C of the other model.
+        # The 1x1 convolution brings tokens and queries to one width [ours]; eq. (6) has the other model's C.
         self.embed = nn.Linear(in_dim, dim) if in_dim != dim else nn.Identity()
         # Learned positions, the last LayerNorm and weight norm in the last layer are [released].
         self.pos = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, num_tokens, dim), std=0.02))
@@ -276,19 +272,18 @@ class THead(nn.Module):
         self.last = last_layer(dim, out_dim)
 
     def query_of(self, pooled):
-        """z = Conv1x1(GAP(Z)) of eq. (6): pooled feature (..., C) -> query (..., dim)."""
+        """z of eq. (6), Conv1x1(GAP(Z)) where C is not dim: pooled feature (..., C) -> query (..., dim)."""
         return self.embed(pooled)
 
     def forward(self, Z, query=None):
-        """Tokens (B, N, C) -> logits (B, K). With n queries for each image, (nB, dim), where rows 0 to B - 1
-        are query 0 of all images -> (nB, K), in the same order."""
+        """Tokens (B, N, C) -> logits (B, K). With n queries for each image, first one of all images, then
+        another of all, (nB, dim) -> (nB, K)."""
         side = math.isqrt(Z.shape[1])   # positions are resized bicubically, not antialiased [released]
         pos = timm.layers.resample_abs_pos_embed(self.pos, [side, side], num_prefix_tokens=0, antialias=False)
         x = self.embed(Z) + pos
-        if query is not None:   # the concatenation of eq. (6). A query has no position, and its own tokens
+        if query is not None:   # the concatenation of eq. (6); the query has no position
             x = torch.cat([query[:, None], x.repeat(len(query) // len(x), 1, 1)], 1)
-        x = self.norm(self.blocks(x))
-        x = x.mean(1) if query is None else x[:, 1:].mean(1)   # without the query (Fig. 3)
+        x = self.norm(self.blocks(x))[:, -Z.shape[1]:].mean(1)   # without the query (Fig. 3)
         return self.last(F.normalize(x, dim=-1) if self.l2_normalize else x)
 
 # Z of Algorithm 1: pooled features by view, tokens by size of view. ResNet-50's are (10, B, 2048) and
@@ -312,7 +307,9 @@ class Net(nn.Module):
         B = len(x[0]) // 2
         pooled, tokens = zip(*[self.backbone(views) for views in x])
         Z = Representation(torch.cat(pooled).unflatten(0, (-1, B)), tokens)
-        t = self.t_head and torch.cat([self.t_head(of_size) for of_size in tokens]).unflatten(0, (-1, B))
+        t = None
+        if self.t_head is not None:
+            t = torch.cat([self.t_head(of_size) for of_size in tokens]).unflatten(0, (-1, B))
         return self.mlp_head(Z.pooled), t, Z
 
 # -------------------------------------------------------------------------------------------- backbones (3.1)
@@ -331,11 +328,11 @@ class Backbone(nn.Module):
             no_drop_path(self.model)
         self.prefix_tokens = getattr(self.model, "num_prefix_tokens", 0)   # CLS and registers
         self.cls = pool == "cls" and getattr(self.model, "cls_token", None) is not None
-        self.channels_last = getattr(self.model, "output_fmt", "") == "NHWC"
+        self.nhwc = getattr(self.model, "output_fmt", "") == "NHWC"
         y = self.eval().model.forward_features(torch.zeros(1, 3, size, size))
         self.pooling = "[:, 0]" if self.cls else f"[:, {self.prefix_tokens}:].mean(1)"   # pool, in Python
         if y.dim() == 4:
-            self.pooling = ".mean((1, 2))" if self.channels_last else ".mean((2, 3))"
+            self.pooling = ".mean((1, 2))" if self.nhwc else ".mean((2, 3))"
         pooled, tokens = self.pool(y)
         self.num_tokens, self.dim = tokens.shape[1:]
         # Freeze what only a classifier would use: it gets no gradient here, and DDP must know.
@@ -346,7 +343,7 @@ class Backbone(nn.Module):
 
     def pool(self, y):
         if y.dim() == 4:   # a map
-            y = y.flatten(1, 2) if self.channels_last else y.flatten(2).mT
+            y = y.flatten(1, 2) if self.nhwc else y.flatten(2).mT
         tokens = y[:, self.prefix_tokens:]
         return y[:, 0] if self.cls else tokens.mean(1), tokens
 
@@ -355,8 +352,8 @@ class Backbone(nn.Module):
 
 def create_model(name, kwargs, drop_path=0.0):
     """-> timm.create_model for views of several sizes, its arguments. It gets those of ours that it knows."""
-    options = dict(dynamic_img_size=True, strict_img_size=False, drop_path_rate=drop_path)
-    options["zero_init_last"] = False   # ResNets start as torchvision's, not as timm's [ours]
+    options = dict(dynamic_img_size=True, strict_img_size=False, drop_path_rate=drop_path,
+                   zero_init_last=False)   # ResNets start as torchvision's, not as timm's [ours]
     while True:
         try:
             return timm.create_model(name, num_classes=0, **(options | kwargs)), options | kwargs
@@ -378,8 +375,7 @@ def load_weights(backbone, file, flag):
     for key in (f"teacher_{backbone.family}", "teacher", "state_dict", "model"):
         if isinstance(theirs.get(key), dict):
             theirs = theirs[key]
-    # Our "conv1.weight" may be "module.base_encoder.conv1.weight" and "module.momentum_encoder.conv1.weight"
-    # there. Find these prefixes, and try a momentum net's first.
+    # "conv1.weight" may be "module.momentum_encoder.conv1.weight" there: momentum nets' prefixes come first.
     used = [name for name, p in backbone.model.named_parameters() if p.requires_grad]
     prefixes = [name.removesuffix(used[0]) for name in theirs if f".{name}".endswith(f".{used[0]}")]
     for prefix in sorted(prefixes, key=lambda prefix: "momentum" not in prefix):
@@ -391,7 +387,7 @@ def load_weights(backbone, file, flag):
 # ------------------------------------------------------------------- the two models: what each has of its own
 class Model:
     """A student, its momentum net n_, which holds the centers C_m, C_t of its two heads, and the student's
-    optimizers. net is the student itself, n what Algorithm 1 calls, which DDP wraps."""
+    optimizers. net is the student, n the same or DDP around it."""
     def __init__(self, cfg, i, backbone, device):
         self.cfg, self.i, self.family = cfg, i, backbone.family
         # n_.params = n.params, the first line of Algorithm 1; stochastic depth is for the student alone.
@@ -401,10 +397,9 @@ class Model:
         no_drop_path(self.n_)
         if cfg.grad_checkpointing:   # it updates student batch norms' statistics twice; no step reads those
             backbone.model.set_grad_checkpointing()
-        # Both change in place before there are optimizers, because these keep the tensors they are given.
+        # In place, and before the optimizers, which keep the tensors they are given
         for net in (self.net, self.n_):
-            net.to(device)
-            net.to(memory_format=torch.channels_last)   # to convolve faster
+            net.to(device, memory_format=torch.channels_last)   # to convolve faster
             if device.type == "cuda" and WORLD > 1:   # [DINO]; torch has none for the CPU
                 timm.layers.convert_sync_batchnorm(net)
             if cfg.compile:
@@ -456,7 +451,7 @@ class Model:
     @torch.no_grad()
     def update_momentum_net(self, l):
         """n_.params = l * n_.params + (1 - l) * n.params. Batch-norm statistics are n_'s own [DINO]."""
-        torch._foreach_lerp_(self.params_, self.params, 1 - l)   # n_ + (1 - l) (n - n_), which is the same
+        torch._foreach_lerp_(self.params_, self.params, 1 - l)
 
     def update_centers(self, m_, t_):
         """C = c C + (1 - c) mean of the momentum logits over global views, batch and processes [DINO]."""
@@ -490,8 +485,7 @@ def cosine_schedule(step, steps, peak, end, warmup=0):
         return peak * step / warmup
     return end + (peak - end) * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
 
-# At a step: l, momentum of the momentum nets; tau_, temperature of their targets; lr and wd, learning rates
-# and weight decays, each a dict with "cnn" and "vit".
+# At a step: l and tau_ of the momentum nets; rates and weight decays, which are dicts with "cnn" and "vit"
 Now = collections.namedtuple("Now", "step epoch l tau_ lr wd")
 
 def schedule(cfg, step, per_epoch):
@@ -501,22 +495,22 @@ def schedule(cfg, step, per_epoch):
               vit=cosine_schedule(step, steps, cfg.vit_lr * scale, cfg.vit_lr_end, warmup))
     wd_end = cfg.vit_wd if cfg.wd_end is None else cfg.wd_end
     wd = dict(cnn=cfg.cnn_wd, vit=cosine_schedule(step, steps, cfg.vit_wd, wd_end))
-    last = cfg.teacher_temp_epochs - 1   # of the epochs in which tau' rises, which count from 0
+    last = cfg.teacher_temp_epochs - 1   # epoch of the rise; the first is 0
     tau_ = cfg.teacher_temp
     if epoch < last:
         tau_ = cfg.teacher_temp_start + (cfg.teacher_temp - cfg.teacher_temp_start) * epoch / last
     return Now(step, epoch, cosine_schedule(step, steps, cfg.ema, 1.0), tau_, lr, wd)
 
-# ------------ here the paper's method ends, but for augment(x), which is make_views below; the training loop
+# ----- here the method ends, but for augment(x), which is MultiCrop and make_views below; the training loop
 def train(cfg, models, images, val, state, device):
     """Train to the end, from the checkpoint `state` if there is one. A signal ends it after a checkpoint."""
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16")
     step = resume(cfg, models, scaler, state) if state else 0
     per_epoch = len(images) // cfg.batch_size
     begin, steps = step, cfg.epochs * per_epoch
-    if step < steps:   # else a finished run would have something new
+    if step < steps:   # a finished run logs nothing
         log(cfg, dict(step=step, settings=asdict(cfg)))
-    log_knn(cfg, models, images, val, device, step, per_epoch)   # where a run was stopped before it
+    log_knn(cfg, models, images, val, device, step, per_epoch)   # one that a stop prevented
     window, start = [], time.time()   # losses of the steps since the last log line, and when they began
     unreadable = 0   # images of this epoch
     catch_signals()
@@ -563,18 +557,19 @@ def log_line(cfg, models, now, per_epoch, speed, losses, statistics):
     log(cfg, record | dict(GB=torch.cuda.max_memory_allocated() / 1e9))   # 0 without a GPU
     columns = "".join(f"{loss:8.3f}" for loss in losses.values())
     say(f"{now.epoch:5}{f'{step}/{steps}':>16} {columns}{speed:8.0f}{record['minutes_left']:9.0f}")
-    for name, value in statistics.items():   # once an epoch; all three bounds are [ours]
-        if now.step % per_epoch < cfg.log_every and step > steps / 4 and value < 0.01 * math.log(cfg.out_dim):
-            if name.startswith("spread"):
-                uniform = statistics[name.replace("spread", "entropy")] > math.log(cfg.out_dim) / 2
-                say(f"collapse? Low {name}, because its targets are " + (
-                    "uniform: lower --teacher_temp; for a t also --t_norm" if uniform else
-                    "one answer to all images: lower rates, or higher --ema"))
+    low = 0.01 * math.log(cfg.out_dim)   # this, a half of log K below and a quarter of the steps are [ours]
+    if now.step % per_epoch < cfg.log_every and step > steps / 4:   # once an epoch
+        for name in statistics:
+            if name.startswith("spread") and statistics[name] < low:
+                uniform = statistics[name.replace("spread", "entropy")] > 50 * low
+                say(f"collapse? Low {name}, because targets are " + (
+                    "uniform: lower --teacher_temp, for a t also --t_norm" if uniform else
+                    "one for all images: lower rates, or higher --ema"))
 
 def target_statistics(targets):
-    """Of each momentum head's targets p (2, B, K), in nats: the mean entropy H(p), and the spread, H(mean p)
-    - mean H(p), at most log K and log 2B. Without spread a head says the same of every image: collapse, which
-    no loss shows. Processes look at their own share, and these are means over them."""
+    """Of each momentum head's targets p (2, B, K), in nats: entropy, the mean H(p), and spread, H(mean p) -
+    mean H(p), at most log K and log 2B. It is near 0 where all images get one answer, whatever losses say.
+    Processes look at their own share, and these are means over them."""
     statistics = {}
     for name, p in targets.items():
         if p is not None:
@@ -671,8 +666,8 @@ def refuse_unlike_classes(train, val, data):
 
 # ------------------------------------------------------- views (A.1): workers crop, the device changes colors
 class MultiCrop:
-    """(epoch, index) -> uint8 crops, channels last, [(2, S, S, 3), (L, s, s, 3)], and "". If the image cannot
-    be read, the crops are of the next that can, and in place of "" comes a line about it."""
+    """(epoch, index) -> uint8 crops, channels last, [(2, S, S, 3), (L, s, s, 3)], and a line about an
+    unreadable image, whose crops are the next readable one's, or ""."""
     def __init__(self, images, cfg):
         self.images, self.cfg = images, cfg
 
@@ -713,8 +708,8 @@ def make_views(crops, cfg, device, step):
     return views
 
 def draw_photometric(cfg, step):
-    """What happens in a step to each view of this process's images: CPU tensors (..., V, B). They are drawn
-    for the n images of all processes, and so do not depend on the number of processes."""
+    """What happens in a step to each view of this process's images: CPU tensors (..., V, B), drawn for the n
+    images of all processes, so that their number does not matter."""
     V, n, g = 2 + cfg.local_crops, cfg.batch_size, generator(cfg.seed, "photometric", step)
     def rand(*more):
         return torch.rand(*more, V, n, generator=g)
@@ -819,14 +814,13 @@ def get_images(cfg, part):
 def torchvision_images(data_set, root, part):
     if "train" in inspect.signature(data_set).parameters:
         return data_set(root, train=part == "train", download=True)
-    for split in ("train+unlabeled", "train") if part == "train" else ("test", "val"):
-        try:
-            return data_set(root, split=split, download=True)
-        except ValueError as error:
-            if "Unknown value" not in str(error):   # else this data set calls its parts otherwise
-                raise
-            unknown = error
-    raise unknown
+    first, second = ("train+unlabeled", "train") if part == "train" else ("test", "val")
+    try:
+        return data_set(root, split=first, download=True)
+    except ValueError as error:
+        if "Unknown value" not in str(error):   # else this data set calls its parts otherwise
+            raise
+    return data_set(root, split=second, download=True)
 
 class ImageFolder(torchvision.datasets.ImageFolder):
     def find_classes(self, folder):
@@ -983,8 +977,7 @@ def warn(text):
     print(text, file=sys.stderr)
 
 def stop(message, code=2):
-    """End the program with a sentence. Code 2: a wrong command; 1: a failed run, which each process says; 128
-    and a signal's number: stopped by it."""
+    """End with a sentence. Code 2: a wrong command; 1: a failed run, said by each process; 128 + n: signal."""
     if LOCAL_RANK == 0 or code == 1:
         warn(message)
     raise SystemExit(code)
@@ -1025,9 +1018,8 @@ def wait_for_all():
     sum_over_processes(torch.zeros(1))   # which ends when all have come
 
 def seed_of(*key):
-    """A 63-bit seed from numbers and words. All is drawn from (seed, epoch, index) or (seed, step), some with
-    RANK, so a resumed run repeats the uninterrupted one, with any number of workers. On GPUs it does so up to
-    the order of sums, which cuDNN's benchmark may choose otherwise."""
+    """A 63-bit seed from numbers and words. All that is drawn begins with one, so a resumed run repeats the
+    uninterrupted one, on GPUs up to the order of sums, with any number of workers."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
 
 def generator(*key):
@@ -1037,8 +1029,7 @@ def reseed(*key):
     torch.manual_seed(seed_of(*key))
 
 def catch_signals():
-    """From here on SIGTERM and SIGINT wait for the end of a step, but for a second Ctrl-C, which is for a
-    loader that hangs. main puts the caller's handlers back."""
+    """SIGTERM and SIGINT now wait for the end of a step, but for a second Ctrl-C, as when a loader hangs."""
     caught.clear()
 
     def handler(number, frame):
@@ -1101,8 +1092,8 @@ def read_flags(config, argv, about):
 
 # --demo stands for these flags. Those of a backbone are left out where another --arch is given.
 DEMO = """--data toy --out runs/demo --epochs 14 --knn_every 14 --batch_size 64 --warmup_epochs 1 --t_norm
-    --freeze_last_layer 0 --out_dim 256 --hidden_dim 256 --bottleneck_dim 32 --t_dim 48 --t_depth 1 --t_heads 3
-    --global_size 24 --global_scale 0.5 1 --local_size 12 --local_scale 0.3 0.8 --local_crops 2
+    --freeze_last_layer 0 --out_dim 256 --hidden_dim 256 --bottleneck_dim 32 --t_dim 48 --t_depth 1
+    --t_heads 3 --global_size 24 --global_scale 0.5 1 --local_size 12 --local_scale 0.3 0.8 --local_crops 2
     --jitter 0.4 0.4 0.4 0.2 --blur 0 0 --solarize 0 --drop_path 0 --cnn_optimizer adamw --cnn_lr 0.01
     --vit_lr 0.01 --ema 0.99 --center_momentum 0.5 --teacher_temp 0.015 --teacher_temp_start 0.015"""
 DEMO1 = ("--arch1 resnet18 --model_kwargs1 layers=1,1,1,1 channels=16,32,48,64 stem_type=deep stem_width=8 "
@@ -1132,7 +1123,7 @@ def parse_args(argv=None):
 # ------------------------------------------------------------------------------------------------- toy images
 def draw_toy(n, seed, size=48, cells=16):
     """The built-in data: images (n, 3, size, size) uint8, labels (n,). A class is a shape, repeated on a
-    turned grid in many colors, sizes and angles, so that pixels and colors say little about it."""
+    turned grid in many colors, sizes and angles."""
     g, grid, labels = generator("toy", seed), torch.arange(size) - size / 2, torch.arange(n) % 8
     images = torch.empty(n, 3, size, size, dtype=torch.uint8)
     for shape in range(8):
@@ -1203,7 +1194,7 @@ def say_how_to_load(i, backbone, file, feature):
     say(f"net{i} = {call}.eval()\nfeature{i} = {feature}")
 
 def main(argv=None, parse=parse_args, run=run):
-    """Run a program of this project, and leave nothing behind, whatever ends it."""
+    """Run a program of this project, and leave nothing behind, even when it fails."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     others = set(multiprocessing.active_children())   # a caller's own
     try:
