@@ -1,5 +1,5 @@
-"""Every command in the documents is read by the program that it calls; README's run at small size, its lines of
-Python too. CIFAR-10's rows in RESULTS.md are what the committed logs say.
+"""Every command in the documents is read by the program that it calls; README's run at small size, and its
+lines of Python. CIFAR-10's rows in RESULTS.md are what the committed logs say.
 
     python -m pytest -q extras/test_docs.py
 """
