@@ -408,9 +408,8 @@ class Model:
             self.n_.register_buffer(name, torch.zeros(1, cfg.out_dim, device=device))
         self.params, self.params_ = list(self.net.parameters()), list(self.n_.parameters())
         self.optimizers = self.make_optimizers()
-        self.n = self.net
-        if WORLD > 1:
-            self.n = nn.parallel.DistributedDataParallel(self.net, gradient_as_bucket_view=True)
+        ddp = functools.partial(nn.parallel.DistributedDataParallel, gradient_as_bucket_view=True)
+        self.n = ddp(self.net) if WORLD > 1 else self.net
 
     def make_optimizers(self):
         """SGD, AdamW or both. A CNN's T-Head has t_optimizer, with the rate and the decay of ViTs."""
@@ -786,6 +785,7 @@ def normalize(x):
 
 # ----------------------------------------------------------------------------------------------------- images
 NO_IMAGE = -2   # label of an unreadable image; -1 is that of an image without label
+HIDDEN = (".", "@eaDir")   # no file below such a name is an image of a data set; the latter are thumbnails
 
 def get_images(cfg, part):
     """-> data set of (image, label); part is "train" or "val". --data names a folder or a data set."""
@@ -824,15 +824,13 @@ def torchvision_images(data_set, root, part):
 
 class ImageFolder(torchvision.datasets.ImageFolder):
     def find_classes(self, folder):
-        classes = [name for name in super().find_classes(folder)[0] if not is_hidden(name)]
+        classes = [name for name in super().find_classes(folder)[0] if not name.startswith(HIDDEN)]
         return classes, {name: label for label, name in enumerate(classes)}
-
-def is_hidden(name):
-    return name.startswith((".", "@eaDir"))   # the latter are thumbnails
 
 def is_image(folder, path):
     names = os.path.relpath(path, folder).split(os.sep)
-    return torchvision.datasets.folder.is_image_file(path) and not any(map(is_hidden, names))
+    hidden = any(name.startswith(HIDDEN) for name in names)
+    return torchvision.datasets.folder.is_image_file(path) and not hidden
 
 def read_image(path):
     try:
@@ -846,8 +844,7 @@ def to_rgb(image):
     if isinstance(image, torch.Tensor) and image.dtype == torch.uint8:
         return image.expand(3, -1, -1)
     if not isinstance(image, Image.Image):   # floats would train as black
-        kind = getattr(image, "dtype", type(image))
-        raise TypeError(f"an image is {kind}: a data set gives PIL images or uint8 tensors (3 or 1, H, W)")
+        raise TypeError(f"{type(image)}: a data set gives images as PIL's or as uint8 tensors (3 or 1, H, W)")
     if image.mode[0] in "FI":
         raise OSError(f"mode {image.mode}: which value is white? save it with 8 bits, where 255 is")
     if "A" in image.getbands() or "transparency" in image.info:
@@ -977,7 +974,7 @@ def warn(text):
     print(text, file=sys.stderr)
 
 def stop(message, code=2):
-    """End with a sentence. Code 2: a wrong command; 1: a failed run, said by each process; 128 + n: signal."""
+    """End with a sentence. Code 2: a wrong command; 1: a failed run, said by each process; 128 + signal."""
     if LOCAL_RANK == 0 or code == 1:
         warn(message)
     raise SystemExit(code)
@@ -1051,10 +1048,9 @@ def after_step(unreadable):
 
 # ----------------------------------------------------------------------------------------------- command line
 def number(kind, high, text):
-    value = kind(text)
-    if not 0 <= value <= high:
+    if not 0 <= kind(text) <= high:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to {high}")
-    return value
+    return kind(text)
 
 def key_value(text):
     """'channels=16,32' -> ('channels', (16, 32)). A value that is no Python literal stays a string."""
@@ -1104,9 +1100,8 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if "--demo" in argv:
         given = " ".join(argv)
-        demo1 = "" if "--arch1" in given else DEMO1
-        demo2 = "" if "--arch2" in given else DEMO2
-        argv = f"{DEMO} {demo1} {demo2}".split() + argv
+        parts = DEMO, "" if "--arch1" in given else DEMO1, "" if "--arch2" in given else DEMO2
+        argv = " ".join(parts).split() + argv
     cfg = read_flags(Config, argv, __doc__.split("\n\n")[0])
     losses = set(cfg.losses.split(","))
     if not {"sm"} <= losses <= {"sm", "cm", "st", "ct"}:
