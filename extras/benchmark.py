@@ -3,7 +3,7 @@
     python extras/benchmark.py --batch_size 256             # measured on this device, with random images
     python extras/benchmark.py --batch_size 256 --compile   # eager, and then compiled
     python extras/benchmark.py --batch_size 64 --memory     # will it fit? computed, without running it
-    python extras/benchmark.py --batch_size 256 --gpu       # README's table of costs, in markdown
+    python extras/benchmark.py --batch_size 256 --gpu       # a table of costs, as in RESULTS.md
     python extras/benchmark.py --demo                       # a pair that is small enough for a CPU
 
 All other flags are mokd.py's. --batch_size is the images of one device, on which they lie already. So a run
@@ -26,7 +26,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description="All other flags are those of mokd.py.", allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=20, help="timed steps, after three that are not; 20")
     parser.add_argument("--memory", action="store_true", help="compute peak memory and FLOPs; run nothing")
-    parser.add_argument("--gpu", action="store_true", help="print README's table for this GPU")
+    parser.add_argument("--gpu", action="store_true", help="print a table of costs for this GPU")
     options, options.argv = parser.parse_known_args(argv)
     options.cfg = mokd.parse_args(options.argv)
     return options
@@ -127,7 +127,7 @@ ROWS = {"**all losses**": [], "`--losses sm`": ["--losses", "sm"], "`--search lo
         "`--compile`": ["--compile"]}   # name -> flags on top of those given
 
 def print_table(options, device):
-    """Rows of README's table. One that does not fit into the GPU says so."""
+    """A row for each of ROWS. One that does not fit into the GPU says so."""
     n = options.cfg.batch_size
     say(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}\n\n"
         f"| a step | GFLOP an image | GB for 32 images | images/s | GB for {n} images |\n" + 5 * "|---" + "|")

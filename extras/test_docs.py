@@ -1,5 +1,5 @@
-"""Every command in the documents is read by the program that it calls; README's run at small size. CIFAR-10's rows
-in RESULTS.md are what the committed logs say.
+"""Every command in the documents is read by the program that it calls; README's run at small size, and its
+lines of Python. CIFAR-10's rows in RESULTS.md are what the committed logs say.
 
     python -m pytest -q extras/test_docs.py
 """
@@ -22,7 +22,6 @@ import figures   # noqa: E402
 import minimal   # noqa: E402
 import mokd   # noqa: E402
 import results   # noqa: E402
-
 
 
 def parse_minimal(argv):
@@ -204,17 +203,57 @@ def test_readmes_commands_run_at_small_size(tmp_path):
     nets = ["--global_size", 64, "--local_size", 32, "--local_crops", 1, "--out_dim", 64, "--hidden_dim", 16,
             "--bottleneck_dim", 8]
     trained = ["--checkpoint", tmp_path / "0" / "checkpoint.pth"]
+    weights = ["--weights", tmp_path / "0" / "model1.pth", "--data", tmp_path / "data", "--image_size", 32]
     ran = []
     for program, *args in calls_of("README.md"):
         out = ["--out", tmp_path / str(len(ran))]
-        if program == "mokd.py" and not {"--demo", "...", "--losses"} & set(args):
-            more, parse, run = [*small, *nets, *out], mokd.parse_args, mokd.run
-        elif program == "eval_knn.py" and "--arch" not in args:
-            more, parse, run = [*trained, "--workers", 0], eval_knn.parse, eval_knn.run
+        if program == "mokd.py" and not {"...", "--losses"} & set(args) and args != ["--demo"]:
+            sizes = [] if "--demo" in args else nets   # the demo's are small already
+            more, parse, run = [*small, *sizes, *out], mokd.parse_args, mokd.run
+        elif program == "eval_knn.py" and len(args) > 1:   # others are half a command, within a sentence
+            more = weights if "--arch" in args else trained
+            more, parse, run = [*more, "--workers", 0], eval_knn.parse, eval_knn.run
         elif program == "eval_linear.py" and "--checkpoint" in args:
             more, parse, run = [*trained, *small, *out], eval_linear.parse, eval_linear.run
         else:
             continue
         mokd.main([*map(str, (*args, *more))], parse, run)
         ran.append(program)
-    assert ran == ["mokd.py"] * 4 + ["eval_knn.py", "eval_linear.py", "eval_linear.py"]
+    evaluated = ["eval_knn.py", "eval_linear.py", "eval_linear.py", "eval_knn.py"]
+    assert ran == ["mokd.py"] * 5 + evaluated
+
+
+def test_readmes_lines_classify_as_eval_linear_does(tmp_path, monkeypatch, capsys):
+    """README's wide run on images of ten colors, then its block of Python, of which only paths change."""
+    g = torch.Generator().manual_seed(0)
+    colors = torch.randint(256, (10, 3, 1, 1), generator=g)
+    files, labels = [], []
+    for part, c, i in itertools.product(("train", "val"), range(10), range(4)):
+        folder = tmp_path / "data" / part / f"class{c}"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = (colors[c] + 60 * torch.randn(3, 32, 32, generator=g)).clamp(0, 255).to(torch.uint8)
+        write_png(pixels, str(folder / f"{i}.png"))
+        if part == "val":
+            files.append(str(folder / f"{i}.png"))
+            labels.append(c)
+    small = f"--data {tmp_path}/data --epochs 1 --warmup_epochs 0 --batch_size 8 --workers 0 --knn_every 0"
+    wide, = [args for _, *args in calls_of("README.md") if args[-1] == "runs/wide"]
+    monkeypatch.chdir(tmp_path)   # where the block finds runs/wide
+    mokd.main([*wide, *small.split()])
+    probe = "--checkpoint runs/wide/checkpoint.pth --epochs 12 --warmup_epochs 1 --batch_size 10 --lr 3"
+    mokd.main([*probe.split(), "--workers", "0"], eval_linear.parse, eval_linear.run)
+    printed = capsys.readouterr().out
+    top1 = float(re.search(r"1 resnet18 +3 +([\d.]+)", printed)[1])
+
+    block, = re.findall(r"```python\n(.*?)```", text_of("README.md"), re.S)
+    block = block.replace('("1.png", "2.png")', str(files))
+    lines = [line.split("   #")[0] for line in block.splitlines()[4:]]
+    assert "\n".join(lines) in printed   # as eval_linear.py prints them
+
+    def accuracy(block):
+        names = {}
+        exec(block, names)
+        hits = names["logits1"].argmax(1) == torch.tensor(labels)
+        return 100 * hits.double().mean().item()
+    assert accuracy(block) == pytest.approx(top1, abs=0.01) and top1 > 50
+    assert accuracy(block.replace("output_stride=8, ", "")) < top1 - 10   # such a net loads without a word
