@@ -5,6 +5,7 @@ solutions hold, and it is saved with today's code. If that has changed, save it 
 """
 import ast
 import builtins
+import hashlib
 import inspect
 import operator
 import os
@@ -36,23 +37,24 @@ def text_of(notebook):
     return "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
 
 def sections_of(notebook):
-    """-> the code of the cells before section 1, and of each section's."""
+    """-> the code of the first cell, the plumbing, and that of each section."""
+    plumbing, *cells = code_of(notebook)
     sections = [[]]
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             sections += [[] for _ in re.findall(TITLE, cell.source)]
-        else:
+        elif cell in cells:
             sections[-1].append(cell.source)
-    return ["\n".join(sources) for sources in sections]
+    return plumbing.source, ["\n".join(sources) for sources in sections]
 
-def execute(folder, after=()):
-    """-> the notebook, executed in `folder`, with more cells after it. A cell that fails raises its error."""
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+def nodes(source, kind):
+    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, kind)]
+
+def execute(notebook, folder):
+    """Run a notebook's cells in `folder`, from a fresh kernel. A cell that fails raises its error."""
     metadata = notebook.metadata.copy()
-    notebook.cells += [nbformat.v4.new_code_cell(source) for source in after]
-    resources = dict(metadata=dict(path=folder))
-    NotebookClient(notebook, resources=resources, timeout=1200, kernel_name="python3", record_timing=False,
-                   coalesce_streams=True).execute()
+    NotebookClient(notebook, resources=dict(metadata=dict(path=folder)), timeout=1200, kernel_name="python3",
+                   record_timing=False, coalesce_streams=True).execute()
     notebook.metadata = metadata   # without this machine's version of Python
     return notebook
 
@@ -75,22 +77,25 @@ def test_each_part_begins_with_lines_of_the_whole(saved):
     assert all("**Predict.**" in section for section in re.split(r"(?m)^## \d", text)[1:])
     assert len(re.findall(SOLUTION, text, re.S)) == text.count("<summary>Solution</summary>") == 6
 
+def test_its_picture_is_that_of_the_method(saved):
+    """It is a PNG in the first cell, because Jupyter serves no hidden folder, such as .github."""
+    with open(os.path.join(ROOT, ".github", "method.svg"), "rb") as f:
+        drawn_from = hashlib.sha1(f.read()).hexdigest()
+    assert saved.cells[0].attachments["method.png"]["image/png"]
+    assert saved.cells[0].metadata["drawn_from_sha1"] == drawn_from, "method.svg has changed: attach it anew"
+
 def test_each_section_needs_the_plumbing_alone(saved):
-    plumbing, *sections = sections_of(saved)
-    def names(source, kind):
-        tree = ast.walk(ast.parse(source))
-        found = {node.id for node in ast.walk(ast.parse(source))
-                 if isinstance(node, ast.Name) and isinstance(node.ctx, kind)}
-        if kind is ast.Store:
-            for node in tree:
-                if isinstance(node, (ast.FunctionDef, ast.arg)):
-                    found.add(getattr(node, "name", None) or node.arg)
-                if isinstance(node, ast.alias):
-                    found.add(node.asname or node.name)
-        return found
-    known = names(plumbing, ast.Store) | set(dir(builtins))
+    plumbing, sections = sections_of(saved)
+    def loaded(source):
+        return {node.id for node in nodes(source, ast.Name) if isinstance(node.ctx, ast.Load)}
+    def made(source):
+        names = {node.id for node in nodes(source, ast.Name) if isinstance(node.ctx, ast.Store)}
+        names |= {node.arg for node in nodes(source, ast.arg)}
+        names |= {node.name for node in nodes(source, ast.FunctionDef)}
+        return names | {node.asname or node.name for node in nodes(source, ast.alias)}
+    known = made(plumbing) | set(dir(builtins))
     for source in sections + re.findall(SOLUTION, text_of(saved), re.S):
-        assert names(source, ast.Load) <= known | names(source, ast.Store)
+        assert loaded(source) <= known | made(source)
 
 def test_it_is_saved_with_outputs(saved):
     cells = code_of(saved)
@@ -104,7 +109,7 @@ def test_it_is_saved_with_outputs(saved):
 
 def test_it_shows_the_code_of_today(saved):
     for cell in code_of(saved):
-        for name in re.findall(r"mokd\.([\w.]+\w)", "".join(re.findall(r"(?m)^show\((.*)\)", cell.source))):
+        for name in re.findall(r"mokd\.([\w.]*\w)", "".join(re.findall(r"(?m)^show\((.*)\)", cell.source))):
             text = "".join(output.get("text", "") for output in cell.outputs)
             source = inspect.getsource(operator.attrgetter(name)(mokd))
             assert source in text, f"{name}: save the notebook anew"
@@ -116,11 +121,9 @@ def test_all_runs_each_cell_twice_and_so_do_the_solutions(saved):
     twice = []
     for cell in code_of(saved):
         twice += [cell.source, cell.source]
-    notebook = nbformat.v4.new_notebook()
-    sources = twice + re.findall(SOLUTION, text_of(saved), re.S)
-    notebook.cells = [nbformat.v4.new_code_cell(source) for source in sources]
-    resources = dict(metadata=dict(path=ROOT))
-    NotebookClient(notebook, resources=resources, timeout=1200, kernel_name="python3").execute()
+    twice += re.findall(SOLUTION, text_of(saved), re.S)
+    cells = [nbformat.v4.new_code_cell(source) for source in twice]
+    execute(nbformat.v4.new_notebook(cells=cells), ROOT)
 
 if __name__ == "__main__":
-    nbformat.write(execute(HERE), NOTEBOOK)
+    nbformat.write(execute(nbformat.read(NOTEBOOK, as_version=4), HERE), NOTEBOOK)
