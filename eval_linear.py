@@ -8,7 +8,8 @@
 A frozen backbone has one linear layer for each rate, and one forward pass serves them all. A layer's gradient
 is that of its own loss, because layers share no parameter. Fine-tuning takes one rate a run. Rates are final:
 they are reached at the end of the warm-up, whatever the batch size. Results are the last record in log.jsonl.
-classifier1.pth and classifier2.pth have a backbone, under timm's names, and the layer of its best rate.
+classifier1.pth and classifier2.pth have a backbone, under timm's names, the layer of its best rate, and what
+is needed to use both; the last lines that are printed do so.
 """
 import os
 import time
@@ -140,17 +141,15 @@ class Classifier(nn.Module):
         return torch.cat(features, 1)
 
     def in_python(self, net):
-        """-> what `features` does, as an expression of `images` and timm's `net`."""
-        pooled = f"{net}.forward_features(images){self.backbone.pooling}"
-        patches = f"[:, {self.backbone.prefix_tokens}:].mean(1)"
-        if not self.n_last_blocks:
-            tokens = f"{net}.forward_features(images){patches}"
-            return f"torch.cat([{pooled}, {tokens}], 1)" if self.avgpool else pooled
-        blocks = (f"{net}.forward_intermediates(images, {self.n_last_blocks}, return_prefix_tokens=True, norm=True, "
-                  f"output_fmt='NLC', intermediates_only=True)")
-        mean = f"{net}.forward_features(images){patches}"   # the last block's, after the norm too
-        features = f"[prefix[:, 0] for _, prefix in {blocks}]"
-        return f"torch.cat({features}{f' + [{mean}]' if self.avgpool else ''}, 1)"
+        """-> `features` in Python, of images and of timm's net with this name."""
+        tokens = f"{net}.forward_features(images)"
+        parts = [tokens + self.backbone.pooling]
+        if self.n_last_blocks:
+            parts = [f"*[cls[:, 0] for _, cls in {net}.forward_intermediates(images, {self.n_last_blocks}, "
+                     "return_prefix_tokens=True, norm=True, output_fmt='NLC', intermediates_only=True)]"]
+        if self.avgpool:
+            parts.append(f"{tokens}[:, {self.backbone.prefix_tokens}:].mean(1)")
+        return f"torch.cat([{', '.join(parts)}], 1)" if self.n_last_blocks or self.avgpool else parts[0]
 
     def forward(self, x):
         with torch.set_grad_enabled(self.finetune and torch.is_grad_enabled()):
@@ -329,27 +328,26 @@ def run(cfg):
         timm.layers.convert_sync_batchnorm(net)
     results = train(cfg, net, images, val, state, device)
 
-    say("\nIn Python, logits of images that were resized to the side, cropped and normalized as here:")
-    for part in net:
-        layer = part.layers[list(part.rates).index(best_of(results[part.name]))]
-        number = part.name[0] if cfg.checkpoint else 1
-        file, b = f"{cfg.out}/classifier{number}.pth", part.backbone
-        feature = part.in_python(f"net{number}")
-        if RANK == 0:
-            mokd.write(dict(model=b.model.state_dict(), classifier=layer.state_dict(), timm_name=b.timm_name,
-                            timm_kwargs=b.timm_kwargs, feature=feature, image_size=cfg.image_size,
-                            resize=cfg.resize or round(cfg.image_size * 256 / 224),
-                            classes=list(getattr(labeled, "classes", ()))), file)
-        mokd.say_how_to_load(number, b, file, feature)
-        say(f"classifier{number} = torch.nn.Linear({layer.in_features}, {layer.out_features})")
-        say(f"classifier{number}.load_state_dict(torch.load({file!r}, weights_only=True)['classifier'])")
-        say(f"logits{number} = classifier{number}(feature{number})")
     say(f"\n{cfg.data}, {len(images):,} labeled images, {cfg.epochs} epochs, %; * best rate\n"
         f"{'':22}{'lr':>10}{'top-1':>9}{'top-5':>9}")
     for name, rates in results.items():
         for rate, tops in rates.items():
             star = "*" if rate == best_of(rates) else " "
             say(f"{name:22}{rate:>10}{tops['top1']:>9.2f}{star}{tops['top5']:>8.2f}")
+    side = cfg.resize or round(cfg.image_size * 256 / 224)
+    say(f"\nIn Python, of images whose shorter side is {side}, cropped to {cfg.image_size}, normalized:")
+    for part in net:
+        layer = part.layers[list(part.rates).index(best_of(results[part.name]))]
+        i, b = part.name[0] if cfg.checkpoint else 1, part.backbone
+        file, feature = f"{cfg.out}/classifier{i}.pth", part.in_python(f"net{i}")
+        use = dict(timm_name=b.timm_name, timm_kwargs=b.timm_kwargs, feature=feature, resize=side,
+                   image_size=cfg.image_size, classes=list(getattr(labeled, "classes", ())))
+        if RANK == 0:
+            mokd.write(dict(model=b.model.state_dict(), classifier=layer.state_dict()) | use, file)
+        mokd.say_how_to_load(i, b, file, feature)
+        say(f"classifier{i} = torch.nn.Linear({layer.in_features}, {layer.out_features})")
+        say(f"classifier{i}.load_state_dict(torch.load({file!r}, weights_only=True)['classifier'])")
+        say(f"logits{i} = classifier{i}(feature{i})")
     return results
 
 if __name__ == "__main__":

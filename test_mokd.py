@@ -143,7 +143,8 @@ WRONG = {   # command line -> words of the sentence
     "--no_such_flag 1": "--no_such_flag", "--demos": "--demos", "--losses cm,st": "--losses cm,st",
     "--losses sm,xx": "--losses sm,xx", "--losses sm,contrast": "--losses sm,contrast",
     "--batch_size 0": "--batch_size 0", "--epochs 0": "--epochs 0", "--student_temp 0": "--student_temp 0",
-    "--teacher_temp 0": "--teacher_temp 0", "--jitter 0.4": "--jitter: expected 4", "--warmup_epochs 101": "--warmup_epochs 101 is more",
+    "--teacher_temp 0": "--teacher_temp 0", "--jitter 0.4": "--jitter: expected 4",
+    "--warmup_epochs 101": "--warmup_epochs 101 is more",
     "--search local --local_crops 0": "--search local needs",
     "--data nowhere": "--data nowhere: no such folder",
     "--data toy --batch_size 5000": "--batch_size 5000 is more than the 4096 images"}
@@ -501,8 +502,8 @@ def naive_H(t, s, center, tau_, tau):
     return -(p * torch.log_softmax(s / tau, -1)).sum(-1).mean()
 
 @pytest.mark.parametrize("pairs", [
-    [(g, v) for g in range(2) for v in range(5) if v != g], [(0, 2), (0, 3), (0, 4)], [(0, 1), (1, 3), (0, 3)]],
-    ids=["all that differ", "local", "any"])
+    [(g, v) for g in range(2) for v in range(5) if v != g], [(0, 2), (0, 3), (0, 4)],
+    [(0, 1), (1, 3), (0, 3)]], ids=["all that differ", "local", "any"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 def test_H_is_the_cross_entropy_of_eq_1_over_pairs(pairs, dtype, tolerance):
     """A view may have no teacher, or one, or two."""
@@ -1194,11 +1195,12 @@ def test_a_caller_loads_the_weights_of_a_momentum_backbone_by_plain_torch_load(w
     assert {f"backbone.model.{name}" for name in weights} == backbone
     assert all(torch.equal(value, momentum[f"backbone.model.{name}"]) for name, value in weights.items())
 
-FAMILIES = """resnet18 vit_tiny_patch16_224 deit_tiny_distilled_patch16_224 deit3_small_patch16_224 xcit_nano_12_p16_224
-    cait_xxs24_224 beit_base_patch16_224 eva02_tiny_patch14_224 vit_wee_patch16_reg1_gap_256 vit_base_patch16_siglip_224
-    swin_tiny_patch4_window7_224 convnext_atto poolformer_s12 edgenext_xx_small hiera_tiny_224 mobilenetv3_small_050
-    mobilenetv3_large_100 efficientnet_b0 regnetx_002 mixer_s16_224 levit_128s pvt_v2_b0 davit_tiny
-    coatnet_nano_rw_224 efficientformer_l1 repvit_m0_9""".split()
+FAMILIES = """resnet18 vit_tiny_patch16_224 deit_tiny_distilled_patch16_224 deit3_small_patch16_224
+    xcit_nano_12_p16_224 cait_xxs24_224 beit_base_patch16_224 eva02_tiny_patch14_224 repvit_m0_9
+    vit_wee_patch16_reg1_gap_256
+    vit_base_patch16_siglip_224 swin_tiny_patch4_window7_224 convnext_atto poolformer_s12 edgenext_xx_small
+    hiera_tiny_224 mobilenetv3_small_050 mobilenetv3_large_100 efficientnet_b0 regnetx_002 mixer_s16_224
+    levit_128s pvt_v2_b0 davit_tiny coatnet_nano_rw_224 efficientformer_l1""".split()
 SHALLOW = dict.fromkeys(("vit_tiny_patch16_224 deit_tiny_distilled_patch16_224 deit3_small_patch16_224 "
                          "beit_base_patch16_224 vit_base_patch16_siglip_224").split(), dict(depth=1))
 SHALLOW |= dict.fromkeys(("swin_tiny_patch4_window7_224", "davit_tiny", "pvt_v2_b0"),
@@ -1207,9 +1209,9 @@ SHALLOW |= dict.fromkeys(("swin_tiny_patch4_window7_224", "davit_tiny", "pvt_v2_
 def python_lines(printed, images):
     """Runs the lines of Python among what a program printed -> its variables."""
     variables = dict(timm=timm, torch=torch, images=images)
+    names = "net", "feature", "classifier", "logits"
     for line in printed.splitlines():
-        if line.split("(")[0].split(" = ")[0].rstrip("12") in ("net", "feature", "blocks", "classifier", "logits",
-                                                              "classifier1.load_state_dict"):
+        if line.startswith(tuple(name + i for name in names for i in "12")):
             exec(line, variables)
     return variables
 
@@ -1228,7 +1230,7 @@ def test_the_printed_lines_give_the_feature_that_was_trained(name, tmp_path, cap
         assert found.shape == (1, b.dim) and close(found, b.eval()(x)[0], 1e-6)
 
 def test_a_run_ends_with_lines_that_give_both_features_at_other_sizes_too(data, tmp_path, capsys):
-    args = ["--arch1", "vit_tiny", "--model_kwargs1", *VIT, "--vit_pool", "cls", "--losses", "sm", "--epochs", 1]
+    args = [*TWO_VITS, "--vit_pool", "cls", "--losses", "sm", "--epochs", 1]
     train(tmp_path / "out", data, *args)
     x = torch.rand(2, 3, 48, 48)
     found = python_lines(capsys.readouterr().out, x)
@@ -1311,7 +1313,8 @@ def test_a_knn_in_which_a_run_was_killed_is_made_up_for(halves, tmp_path, monkey
     assert knn_epochs(tmp_path / "out") == [-1, 0, 1, -1, 1]
 
 @pytest.mark.parametrize("rank, known, computes", [(0, True, False), (0, False, True), (1, False, False)])
-def test_the_first_process_decides_by_its_log_whether_knn_is_missing(rank, known, computes, tmp_path, monkeypatch):
+def test_the_first_process_decides_by_its_log_whether_knn_is_missing(
+        rank, known, computes, tmp_path, monkeypatch):
     cfg = config("--out", tmp_path, "--knn_every", 1, "--batch_size", 8)
     if known:
         (tmp_path / "log.jsonl").write_text('{"epoch": 0, "knn1": 1.0, "knn2": 2.0}\n')
@@ -1622,8 +1625,8 @@ import MODULE
 def test_openmps_threads_are_told_not_to_spin_before_torch_is_imported(module):
     env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     for wanted in ({}, {"OMP_WAIT_POLICY": "active"}):
-        done = subprocess.run([sys.executable, "-c", SPY.replace("MODULE", module)], cwd=HERE, env=env | wanted,
-                              capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", SPY.replace("MODULE", module)], cwd=HERE,
+                              env=env | wanted, capture_output=True, text=True)
         assert done.stdout.split()[1:] == [wanted.get("OMP_WAIT_POLICY", "passive")], done.stderr
 
 def test_a_world_without_a_rank_is_one_process(monkeypatch):
@@ -2184,23 +2187,25 @@ def test_training_crops_are_random_resized_and_half_of_them_mirrored(few):
         mirrored += torch.equal(x, crop.flip(-1))
     assert 15 < mirrored < 45 and not torch.equal(views[3, 0][0], views[2, 0][0])
 
-@pytest.mark.parametrize("mode", [[], ["--finetune"], ["--finetune", "--label_fraction", 0.5]])
-def test_probing_leaves_the_backbone_alone_and_fine_tuning_does_not(mode, trained, few, tmp_path):
-    """What is saved, loaded by timm, classifies as the results say."""
+@pytest.mark.parametrize("mode", [
+    [], ["--n_last_blocks", 2, "--avgpool"], ["--avgpool"], ["--finetune"],
+    ["--finetune", "--label_fraction", 0.5]])
+def test_probing_leaves_the_backbone_alone_and_fine_tuning_does_not(mode, trained, few, tmp_path, capsys):
+    """The printed lines classify as the results say."""
     results = linear(tmp_path, "--checkpoint", trained / "checkpoint.pth", "--batch_size", 64, "--epochs", 1,
                      "--warmup_epochs", 0, "--lr", 0.02, *mode)
     for i, name in enumerate(NAMES, 1):
         before = load(trained / f"model{i}.pth")
         saved = load(tmp_path / f"classifier{i}.pth")
         unchanged = [torch.equal(before[k], w) for k, w in saved["model"].items()]
-        assert not any(unchanged) if mode else all(unchanged)   # batch norms' statistics among them
-        # Fine-tuned with all labels, images are resized (A.4); else they are cropped from larger ones.
-        x = views_of_toy(few["val"], 32 if mode == ["--finetune"] else 37)
-        layer = nn.Linear(*saved["classifier"]["weight"].shape[::-1])
-        layer.load_state_dict(saved["classifier"])
-        with torch.no_grad():
-            predictions = layer(timm_model(i, saved["model"])(x)).argmax(1)
-        top1 = 100 * (predictions == few["val"].tensors[1]).double().mean().item()
+        assert not any(unchanged) if "--finetune" in mode else all(unchanged)   # batch norms' too
+    # Fine-tuned with all labels, images are resized (A.4); else they are cropped from larger ones.
+    resize = saved["resize"]
+    assert resize == (32 if mode == ["--finetune"] else 37) and saved["image_size"] == 32
+    with torch.no_grad():
+        found = python_lines(capsys.readouterr().out, views_of_toy(few["val"], resize))
+    for i, name in enumerate(NAMES, 1):
+        top1 = 100 * (found[f"logits{i}"].argmax(1) == few["val"].tensors[1]).double().mean().item()
         assert results[name]["0.02"]["top1"] == pytest.approx(top1, abs=ONE_IMAGE)
 
 def test_features_of_last_blocks_are_dinos(trained):
