@@ -13,10 +13,11 @@ The file goes from the top down: settings (A.1), train_step, which is Algorithm 
 (3.3), heads (3.4), backbones, the two models, schedules (A.1); then what runs it, from the training loop to
 main. The four k of A.2 are in eval_knn.py, linear probing in eval_linear.py.
 
-Names are Algorithm 1's: m and t are logits of the MLP-Head and of the T-Head, Z is a representation. A
-trailing _ belongs to a momentum net, _s to a search. In shapes, B is the images of one process, V = 2 + L the
-views of an image (two global ones, then L local ones), K the logits of a head, C a backbone's channels, N its
-tokens. Sources stand in brackets: sections of the paper, [DINO], [released] for the authors' code, [ours].
+Names are Algorithm 1's: m and t are outputs of the MLP-Head and of the T-Head, here logits (eq. (1) follows
+in the step), Z is a representation. A trailing _ belongs to a momentum net, _s to a search. In shapes, B is
+the images of one process, V = 2 + L the views of an image (two global ones, then L local ones), K the logits
+of a head, C a backbone's channels, N its tokens. Sources stand in brackets: sections of the paper, [DINO],
+[released] for the authors' code, [ours].
 """
 import argparse, ast, collections, copy, functools, hashlib, inspect, json, math  # noqa: E401
 import multiprocessing, os, signal, sys, threading, time, typing, zipfile  # noqa: E401
@@ -126,8 +127,8 @@ def train_step(model1, model2, x, cfg, now, scaler=None):
     losses = cfg.losses.split(",")   # one that is left out is 0
     n1, n2, n1_, n2_ = model1.n, model2.n, model1.n_, model2.n_
     tau, tau_ = cfg.student_temp, now.tau_
-    # Pairs (g, v): view g of a momentum net teaches view v of a student. In a search, v is the query's view
-    # and g the searched one; what the i-th search finds teaches v.
+    # Pairs (g, v): view g of a momentum net teaches view v of a student, or is searched by v's query.
+    # Then what the i-th search finds teaches v.
     teaches = search_pairs(2 + cfg.local_crops)
     searches = search_pairs(2 + cfg.local_crops, cfg.search)
     found_teaches = [(i, v) for i, (g, v) in enumerate(searches)]
@@ -142,8 +143,8 @@ def train_step(model1, model2, x, cfg, now, scaler=None):
             global_views = x[:1]   # x[0] has both, (2B, 3, S, S)
             m1_, t1_, Z1_ = n1_(global_views)   # m1_, t1_: (2, B, K)
             m2_, t2_, Z2_ = n2_(global_views)
-            # Feature search (3.3): t1_(Z2, Z1_) and t2_(Z1, Z2_) of Algorithm 1, where t1_ is n1_.t_head.
-            # What it finds is a target, so no gradient reaches a query (Fig. 2).
+            # Feature search (3.3), Algorithm 1's t1_(Z2, Z1_) and t2_(Z1, Z2_): what queries of model 2 find
+            # in momentum net 1's tokens, by its T-Head, and the reverse. Queries get no gradient [ours].
             if "ct" in losses:
                 query1 = model1.net.t_head.query_of(Z1.pooled)   # (V, B, C) -> (V, B, t_dim)
                 query2 = model2.net.t_head.query_of(Z2.pooled)
@@ -158,8 +159,7 @@ def train_step(model1, model2, x, cfg, now, scaler=None):
     log_m1, log_t1 = log_softmax(m1, tau), log_softmax(t1, tau)
     log_m2, log_t2 = log_softmax(m2, tau), log_softmax(t2, tau)
 
-    # Self-distillation (3.2) through the MLP-Heads, eq. (2), and through the T-Heads, eq. (3). The paper adds
-    # the latter because ct alone would never update the momentum T-Heads; as written it would, through t1.
+    # Self-distillation (3.2) through the MLP-Heads, eq. (2), and through the T-Heads, eq. (3)
     loss_sm1 = H(p_m1_, log_m1, teaches)
     loss_sm2 = H(p_m2_, log_m2, teaches)
     loss_st1 = H(p_t1_, log_t1, teaches) if "st" in losses else 0.0
@@ -212,8 +212,8 @@ def target(t, center, tau_):
 
 # ----------------------------------------------------------------------------------------------- search (3.3)
 def search_pairs(V, which="all"):
-    """Pairs (g, v), sorted: global view g of a momentum net, and another view v of a student, which searches
-    it. Algorithm 1 has two views, and so the pairs of "global" alone."""
+    """Pairs (g, v), sorted by g: a global view g of a momentum net, and another view v of a student. With
+    its two views Algorithm 1 has the pairs of "global" alone."""
     if which == "local":    # [released]
         return [(0, v) for v in range(2, V)]
     views = range(2 if which == "global" else V)
@@ -272,12 +272,12 @@ class THead(nn.Module):
         self.last = last_layer(dim, out_dim)
 
     def query_of(self, pooled):
-        """z of eq. (6), Conv1x1(GAP(Z)) where C is not dim: pooled feature (..., C) -> query (..., dim)."""
+        """z of eq. (6): pooled feature (..., C) -> query (..., dim)."""
         return self.embed(pooled)
 
     def forward(self, Z, query=None):
-        """Tokens (B, N, C) -> logits (B, K). With n queries for each image, first one of all images, then
-        another of all, (nB, dim) -> (nB, K)."""
+        """Tokens (B, N, C) -> logits (B, K). With queries (nB, dim), of which row i B + b searches in the
+        tokens of image b -> (nB, K)."""
         side = math.isqrt(Z.shape[1])   # positions are resized bicubically, not antialiased [released]
         pos = timm.layers.resample_abs_pos_embed(self.pos, [side, side], num_prefix_tokens=0, antialias=False)
         x = self.embed(Z) + pos
@@ -351,7 +351,7 @@ class Backbone(nn.Module):
         return self.pool(self.model.forward_features(x))
 
 def create_model(name, kwargs, drop_path=0.0):
-    """-> timm.create_model for views of several sizes, its arguments. It gets those of ours that it knows."""
+    """-> a timm model for views of several sizes, and its arguments: kwargs, and those of ours it knows."""
     options = dict(dynamic_img_size=True, strict_img_size=False, drop_path_rate=drop_path,
                    zero_init_last=False)   # ResNets start as torchvision's, not as timm's [ours]
     while True:
@@ -460,7 +460,7 @@ class Model:
                 C.lerp_(mean, 1 - self.cfg.center_momentum)
 
 def build_models(cfg, device):
-    """-> [Model, Model]. Each has its own seed, so neither depends on its partner. Fills in the lambdas."""
+    """-> [Model, Model]. Each has its own seed, so neither depends on its partner. Fills in unset lambdas."""
     backbones = []
     for i in "12":
         reseed(cfg.seed, "backbone", i)
@@ -509,7 +509,7 @@ def train(cfg, models, images, val, state, device):
     begin, steps = step, cfg.epochs * per_epoch
     if step < steps:   # a finished run logs nothing
         log(cfg, dict(step=step, settings=asdict(cfg)))
-    log_knn(cfg, models, images, val, device, step, per_epoch)   # one that a stop prevented
+    log_knn(cfg, models, images, val, device, step, per_epoch)   # the first, or one that a stop prevented
     window, start = [], time.time()   # losses of the steps since the last log line, and when they began
     unreadable = 0   # images of this epoch
     catch_signals()
@@ -523,7 +523,7 @@ def train(cfg, models, images, val, state, device):
             names = "".join(f"{name:>8}" for name in [*losses, "img/s", " min left"])
             say(f"\n{'epoch':>5}{'step':>16} {names}")
         step += 1
-        # Only where it logs or saves does the host wait for the device (in fp16 SGD's scaler does too).
+        # Only to log, to save and for k-NN does the host wait for the device (in fp16 SGD's scaler does too).
         n, stopped = after_step(lines)
         unreadable = n if now.step % per_epoch == 0 else unreadable + n
         refuse_unreadable(unreadable, len(images))
@@ -775,12 +775,10 @@ def gaussian_blur(x, sigma, radius=6):
     x = F.conv2d(F.conv2d(x, kernel, groups=len(kernel)), kernel.mT, groups=len(kernel))
     return x.transpose(0, 1)
 
-@functools.cache
-def mean_and_std(device):   # of ImageNet's channels
-    return torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=device).view(2, 3, 1, 1)
+MEAN_STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)   # of ImageNet
 
 def normalize(x):
-    mean, std = mean_and_std(x.device)
+    mean, std = MEAN_STD.to(x.device, non_blocking=True)
     return (x - mean) / std
 
 # ----------------------------------------------------------------------------------------------------- images
@@ -919,7 +917,7 @@ def resume(cfg, models, scaler, state):
     return state["step"]
 
 def fingerprint(images):
-    """What must stay the same, wherever the images lie: their number, and the names of class folders."""
+    """What must stay the same, wherever the images lie: their number, and the names of their classes."""
     return [len(images), seed_of(*sorted(getattr(images, "classes", ())))]
 
 def read_checkpoint(path):
@@ -986,7 +984,7 @@ def join_processes(cfg):
     if cfg.batch_size % WORLD:
         stop(f"--batch_size {cfg.batch_size} is no multiple of {WORLD} processes: change it")
     gpu = torch.cuda.is_available()
-    device = torch.device("mps" if torch.backends.mps.is_available() and WORLD == 1 else "cpu")
+    device = torch.device("mps" if torch.backends.mps.is_available() and "RANK" not in os.environ else "cpu")
     if gpu:
         device = torch.device("cuda", LOCAL_RANK)
         torch.cuda.set_device(device)
@@ -1086,7 +1084,7 @@ def read_flags(config, argv, about):
             given[f.name] = dict(given[f.name]) if f.type is dict else tuple(given[f.name])
     return config(**given)
 
-# --demo stands for these flags. Those of a backbone are left out where another --arch is given.
+# --demo stands for these flags. Those of a backbone are left out where its --arch is given.
 DEMO = """--data toy --out runs/demo --epochs 14 --knn_every 14 --batch_size 64 --warmup_epochs 1 --t_norm
     --freeze_last_layer 0 --out_dim 256 --hidden_dim 256 --bottleneck_dim 32 --t_dim 48 --t_depth 1
     --t_heads 3 --global_size 24 --global_scale 0.5 1 --local_size 12 --local_scale 0.3 0.8 --local_crops 2
@@ -1145,7 +1143,7 @@ def turn(u, v, angle):
     return angle.cos() * u + angle.sin() * v, angle.cos() * v - angle.sin() * u
 
 def outside(shape, u, v):
-    """How far points (u, v) lie outside of one of eight shapes, all of one area; negative inside."""
+    """How far points (u, v) lie outside of one of eight shapes of like size, roughly; negative inside."""
     r, x, y = torch.hypot(u, v), u.abs(), v.abs()
     shapes = [r - 0.7,                                             # disk
               (r - 0.75).abs() - 0.15,                             # ring
