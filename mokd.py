@@ -180,11 +180,9 @@ def train_step(model1, model2, x, cfg, now, scaler=None):
     model1.update(now, scaler)
     model2.update(now, scaler)
     scaler.update()
-
     # n_.params = l * n_.params + (1 - l) * n.params, where the paper's print has n.params twice
     model1.update_momentum_net(now.l)
     model2.update_momentum_net(now.l)
-
     # DINO's centering (A.1), which Algorithm 1 leaves out. Outputs of the search do not enter the centers.
     model1.update_centers(m1_, t1_)
     model2.update_centers(m2_, t2_)
@@ -588,8 +586,13 @@ def log_knn(cfg, models, images, val, device, step, per_epoch):
     epoch, last = step // per_epoch - 1, cfg.epochs * per_epoch
     if not cfg.knn_every or (step % (cfg.knn_every * per_epoch) and step != last):
         return
-    missing = RANK == 0 and f'"epoch": {epoch}, "knn1"' not in log_of_run(cfg)
-    if sum_over_processes(torch.tensor(int(missing))):   # the first process has the log, and all must agree
+    missing = 0
+    if RANK == 0:   # it has the log, and decides for all
+        with open(f"{cfg.out}/log.jsonl", "a+") as f:   # may be new
+            f.seek(0)
+            since_start = f.read().rsplit('{"step": 0, "settings"', 1)[-1]
+        missing = int(f'"epoch": {epoch}, "knn1"' not in since_start)
+    if sum_over_processes(torch.tensor(missing)):
         found = knn_accuracy([m.n_.backbone for m in models], images, val, cfg, device)
         log(cfg, dict(epoch=epoch) | {f"knn{m.i}": accuracy for m, accuracy in zip(models, found)})
         when = f"after epoch {epoch}" if step else "before training"
@@ -880,12 +883,6 @@ def log(cfg, record):
         with open(f"{cfg.out}/log.jsonl", "a") as f:
             f.write(json.dumps(record) + "\n")
 
-def log_of_run(cfg):
-    """-> the text of log.jsonl since a run last began in this folder."""
-    with open(f"{cfg.out}/log.jsonl", "a+") as f:   # may be new
-        f.seek(0)
-        return f.read().rsplit('{"step": 0, "settings"', 1)[-1]
-
 def write(value, path):
     torch.save(value, path + ".tmp")
     os.replace(path + ".tmp", path)   # so a file under its name is whole
@@ -1026,7 +1023,6 @@ def reseed(*key):
 def catch_signals():
     """SIGTERM and SIGINT now wait for the end of a step, but for a second Ctrl-C, as when a loader hangs."""
     caught.clear()
-
     def handler(number, frame):
         first = caught.setdefault(number, time.time())
         if number == signal.SIGINT and time.time() - first >= 1:   # one press may arrive twice
