@@ -1533,18 +1533,6 @@ def test_weights_are_written_before_the_checkpoint_each_to_a_file_of_its_own_tha
     train(tmp_path / "out", data, "--epochs", 1, "--save_every", 0)
     assert replaced == ["model1.pth", "model2.pth", "checkpoint.pth"]
 
-def test_a_write_that_fails_leaves_the_old_files_whole(halted, data, tmp_path, monkeypatch):
-    out = copy_of(halted, tmp_path / "out")
-
-    def full_disk(value, path):
-        open(path, "wb").close()
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        train(out, data)
-    for name in ("model1.pth", "model2.pth", "checkpoint.pth"):
-        assert (out / name).read_bytes() == (halted / name).read_bytes()
-
 # ---------------------------------------------------------------------------------------------- two processes
 def test_two_processes_take_the_step_and_the_votes_of_one(tmp_path):
     """By torchrun, with gloo. Batch norm is each process's own on a CPU, so two ViTs train, by SGD, whose
@@ -1774,29 +1762,6 @@ def test_knn_between_unlike_class_folders_is_refused(tmp_path, capsys):
     code, message = end_of(capsys, tmp_path / "out", tmp_path / "data", "--knn_every", 1)
     assert code == 2 and "class folders" in message and " b " in message
     assert not (tmp_path / "out").exists()   # it is said before there is anything to lose
-
-def test_weights_of_a_compiled_model_load(tmp_path):
-    source = models_of(config("--seed", 1))[1].n_.backbone.model.state_dict()
-    for prefix in ("_orig_mod.", "module._orig_mod.backbone."):
-        torch.save({prefix + name: value for name, value in source.items()}, tmp_path / "weights.pth")
-        model = models_of(config("--init2", tmp_path / "weights.pth"))[1]
-        assert same(dict(model.net.backbone.model.state_dict()), dict(source))
-        assert same(dict(model.n_.backbone.model.state_dict()), dict(source))
-
-def test_an_error_of_torch_is_not_called_a_damaged_file(halted, data, monkeypatch):
-    def older(*args, **kwargs):
-        raise AttributeError("module 'torch.serialization' has no attribute 'safe_globals'")
-    monkeypatch.setattr(torch, "load", older)
-    with pytest.raises(AttributeError, match="safe_globals"):
-        train(halted, data)
-    with pytest.raises(AttributeError, match="safe_globals"):
-        models_of(config("--init1", halted / "model1.pth"))
-
-def test_what_a_model_cannot_take_is_said_in_timms_or_torchs_own_words(data, tmp_path):
-    with pytest.raises(RuntimeError, match="to have 1 channels, but got 3 channels"):
-        train(tmp_path, data, "--model_kwargs1", *CNN, "in_chans=1")
-    with pytest.raises(TypeError, match="chanels"):
-        train(tmp_path, data, "--model_kwargs1", *CNN, "chanels=3")
 
 # ------------------------------------------------------------------------------------- nothing is left behind
 class Images:
