@@ -23,13 +23,11 @@ import minimal   # noqa: E402
 import mokd   # noqa: E402
 import results   # noqa: E402
 
-
 def parse_minimal(argv):
     """minimal.py reads its flags in main, which next wants images; here it finds none."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(AttributeError):
         patch.setattr(minimal, "datasets", None)
         minimal.main(argv)
-
 
 PARSERS = {"mokd.py": mokd.parse_args, "eval_knn.py": eval_knn.parse, "eval_linear.py": eval_linear.parse,
            "extras/eval_coco.py": eval_coco.parse, "extras/figures.py": figures.parse,
@@ -44,11 +42,9 @@ torchrun() { while [[ "$1" == --* ]]; do shift; done; python "$@"; }
 python3() { :; }; pip() { :; }; ln() { :; }; mkdir() { :; }; git() { :; }; tar() { :; }; mv() { :; }
 """
 
-
 def text_of(file):
     with open(os.path.join(ROOT, file)) as f:
         return f.read()
-
 
 def calls_of(file):
     """-> lists of words, as a document calls its programs, in blocks of shell and within lines."""
@@ -62,21 +58,38 @@ def calls_of(file):
     assert done.returncode == 0 and not done.stderr, done.stderr   # bash goes on after an unknown word
     return [line.rstrip("\t").split("\t") for line in done.stdout.splitlines()]
 
+def write_images(folder, classes, n):
+    """A data folder with n images a class, each a class of its own color -> files and labels of "val"."""
+    g = torch.Generator().manual_seed(0)
+    colors = torch.randint(256, (classes, 3, 1, 1), generator=g)
+    files, labels = [], []
+    for part, c, i in itertools.product(("train", "val"), range(classes), range(n)):
+        file = folder / part / f"class{c}" / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        noisy = colors[c] + 60 * torch.randn(3, 32, 32, generator=g)
+        write_png(noisy.clamp(0, 255).to(torch.uint8), str(file))
+        if part == "val":
+            files.append(str(file))
+            labels.append(c)
+    return files, torch.tensor(labels)
 
 @pytest.mark.parametrize("file", FILES)
 def test_every_command_is_read_by_its_program(file):
+    trained = set()   # folders
     for program, *args in calls_of(file):
         if program in ("-m", "-c"):   # pytest, lines of Python
             continue
-        assert program in PARSERS, (file, program)
         if "--recipe" in args:   # a fork's, extras/forks/release.patch
             at = args.index("--recipe")
             del args[at:at + 2]
         try:
-            PARSERS[program]([arg for arg in args if arg != "..."])
+            cfg = PARSERS[program]([arg for arg in args if arg != "..."])
         except SystemExit as error:
             pytest.fail(f"{file}: {program} {' '.join(args)}: {error}")
-
+        if program == "mokd.py":
+            trained.add(cfg.out or f"runs/{cfg.arch1}-{cfg.arch2}")
+    for word in itertools.chain(*calls_of(file)) if "TABLES" in file else ():
+        assert not word.endswith("checkpoint.pth") or os.path.dirname(word) in trained, word
 
 def test_rows_of_cifar_10_come_out_of_the_committed_logs(capsys):
     results.main([f"{HERE}/logs/cifar10-{name}-*" for name in ("alone", "mokd", "ones")])
@@ -87,7 +100,6 @@ def test_rows_of_cifar_10_come_out_of_the_committed_logs(capsys):
         cells = row.strip("| ").split(" | ")[2:]   # of two models, and how far they differ from those alone
         pairs = [" / ".join(cells[i:i + 2]) for i in range(0, len(cells), 2)]
         assert f"| {' | '.join(pairs)} |" in text
-
 
 def test_tables_and_figures_of_results_come_out_of_what_its_commands_leave(tmp_path, monkeypatch, capsys):
     """Each run of RESULTS.md leaves here a log with its settings and a number, and nothing else."""
@@ -112,7 +124,6 @@ def test_tables_and_figures_of_results_come_out_of_what_its_commands_leave(tmp_p
         row = f"| runs/study/{name} | 0, 1, 2 | 50.0 ± 0.0 | 60.0 ± 0.0 |"
         assert study.count(row) == name.startswith("cnnvit-")
 
-
 def test_the_sweep_of_tables_ends_in_a_table_of_its_runs(tmp_path, monkeypatch, capsys):
     """On a few toy images. Of a flag that is given twice the last counts."""
     monkeypatch.chdir(tmp_path)
@@ -123,10 +134,10 @@ def test_the_sweep_of_tables_ends_in_a_table_of_its_runs(tmp_path, monkeypatch, 
     for program, *args in calls_of("extras/TABLES.md"):
         if program == "mokd.py" and "runs/sweep/" in args[-1]:
             mokd.main([*args, *small])
-            folder, seed = os.path.split(args[-1])
             start, *_, last = results.read_log(f"{args[-1]}/log.jsonl")
-            lambdas = f"{start['settings']['lambda1']:g}-{start['settings']['lambda2']:g}"
-            assert folder == f"runs/sweep/{lambdas}" and seed == f"seed{start['settings']['seed']}"
+            cfg = start["settings"]
+            folder = f"runs/sweep/{cfg['lambda1']:g}-{cfg['lambda2']:g}"
+            assert args[-1] == f"{folder}/seed{cfg['seed']}"
             top1.setdefault(folder, []).append(last["knn1"])
         elif program == "extras/results.py":
             capsys.readouterr()
@@ -137,26 +148,23 @@ def test_the_sweep_of_tables_ends_in_a_table_of_its_runs(tmp_path, monkeypatch, 
         mean, deviation = statistics.mean(values), statistics.stdev(values)
         assert row.startswith(f"| {folder} | 0, 1, 2 | {mean:.1f} ± {deviation:.1f} |")
 
-
-def test_every_flag_that_the_text_names_exists():
+def test_every_flag_and_file_that_the_text_names_exists():
     known = "--recipe --nproc_per_node --nnodes --rdzv_backend --rdzv_endpoint --help".split()
-    for source in ("mokd.py", "eval_knn.py", "eval_linear.py", "extras/eval_coco.py", "extras/figures.py",
-                   "extras/benchmark.py", "extras/results.py", "extras/minimal.py"):
-        text = text_of(source)
+    for text in map(text_of, PARSERS):
         known += [f"--{name}" for name in re.findall(r"^    (\w+): ", text, re.M)]   # a dataclass of flags
         known += re.findall(r'"(--\w+)"', text)
-    for file in FILES[:-1]:   # DIFFERENCES.md also names flags that are gone
-        for name in re.findall(r"`(--[a-z0-9_-]+)", text_of(file)):
-            assert name.replace("--no-", "--") in known, (file, name)
-
+    for file in FILES:
+        for link in re.findall(r"\]\((?!http)([^)#]+)", text_of(file)):
+            assert os.path.exists(os.path.join(ROOT, os.path.dirname(file), link)), (file, link)
+        for name in re.findall(r"`(--[a-z0-9_-]+)", text_of(file)):   # there some are gone
+            assert name.replace("--no-", "--") in known or "DIFFERENCES" in file, (file, name)
 
 def test_every_name_that_one_file_takes_from_another_exists():
     """Also where the line runs late: at the hundredth image, say, or after all training."""
-    sources = [text_of(file) for file in glob.glob("*.py", root_dir=ROOT)]
-    sources += [text_of(f"extras/{file}") for file in glob.glob("*.py", root_dir=HERE)]
-    for cell in json.loads(text_of("extras/walkthrough.ipynb"))["cells"]:
-        if cell["cell_type"] == "code":
-            sources.append("".join(cell["source"]))
+    files = glob.glob("*.py", root_dir=ROOT) + glob.glob("extras/*.py", root_dir=ROOT)
+    cells = json.loads(text_of("extras/walkthrough.ipynb"))["cells"]
+    sources = [*map(text_of, files)]
+    sources += ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     for file in FILES:
         sources += re.findall(r"```python\n(.*?)```", text_of(file), re.S)
     modules = dict(mokd=mokd, eval_knn=eval_knn, eval_linear=eval_linear, eval_coco=eval_coco)
@@ -171,71 +179,32 @@ def test_every_name_that_one_file_takes_from_another_exists():
             for name in names:
                 assert module not in modules or hasattr(modules[module], name), f"{module}.{name}"
 
-
-def test_every_file_that_the_text_links_exists():
-    for file in FILES:
-        for link in re.findall(r"\]\(([^)#]+)", text_of(file)):
-            if not link.startswith("http"):
-                assert os.path.exists(os.path.join(ROOT, os.path.dirname(file), link)), (file, link)
-
-
-def test_every_evaluated_checkpoint_of_tables_is_trained_there():
-    trained = set()
-    for words in calls_of("extras/TABLES.md"):
-        if words[0] == "mokd.py":
-            cfg = mokd.parse_args(words[1:])
-            trained.add(cfg.out or f"runs/{cfg.arch1}-{cfg.arch2}")
-    for words in calls_of("extras/TABLES.md"):
-        for word in words:
-            if word.endswith("checkpoint.pth"):
-                assert os.path.dirname(word) in trained, word
-
-
 def test_readmes_commands_run_at_small_size(tmp_path):
     """All that costs is made small: of a flag that is given twice the last counts."""
-    g = torch.Generator().manual_seed(0)
-    for part, c, i in itertools.product(("train", "val"), "ab", range(8)):
-        (tmp_path / "data" / part / c).mkdir(parents=True, exist_ok=True)
-        pixels = torch.randint(256, (3, 40, 40), generator=g, dtype=torch.uint8)
-        write_png(pixels, str(tmp_path / "data" / part / c / f"{i}.png"))
-    small = ["--data", tmp_path / "data", "--epochs", 1, "--warmup_epochs", 0, "--batch_size", 8]
-    small += ["--workers", 0]
-    nets = ["--global_size", 64, "--local_size", 32, "--local_crops", 1, "--out_dim", 64, "--hidden_dim", 16,
-            "--bottleneck_dim", 8]
-    trained = ["--checkpoint", tmp_path / "0" / "checkpoint.pth"]
-    weights = ["--weights", tmp_path / "0" / "model1.pth", "--data", tmp_path / "data", "--image_size", 32]
+    write_images(tmp_path / "data", 2, 8)
+    small = f"--data {tmp_path}/data --epochs 1 --warmup_epochs 0 --batch_size 8 --workers 0".split()
+    nets = "--global_size 64 --local_size 32 --local_crops 1 --out_dim 64 --hidden_dim 16 --bottleneck_dim 8"
+    trained = ["--checkpoint", f"{tmp_path}/0/checkpoint.pth"]
+    weights = f"--weights {tmp_path}/0/model1.pth --data {tmp_path}/data --image_size 32".split()
     ran = []
     for program, *args in calls_of("README.md"):
-        out = ["--out", tmp_path / str(len(ran))]
+        out = ["--out", f"{tmp_path}/{len(ran)}"]
         if program == "mokd.py" and not {"...", "--losses"} & set(args) and args != ["--demo"]:
-            sizes = [] if "--demo" in args else nets   # the demo's are small already
-            more, parse, run = [*small, *sizes, *out], mokd.parse_args, mokd.run
+            sizes = [] if "--demo" in args else nets.split()   # the demo's are small already
+            mokd.main([*args, *small, *sizes, *out])
         elif program == "eval_knn.py" and len(args) > 1:   # others are half a command, within a sentence
             more = weights if "--arch" in args else trained
-            more, parse, run = [*more, "--workers", 0], eval_knn.parse, eval_knn.run
+            mokd.main([*args, *more, "--workers", "0"], eval_knn.parse, eval_knn.run)
         elif program == "eval_linear.py" and "--checkpoint" in args:
-            more, parse, run = [*trained, *small, *out], eval_linear.parse, eval_linear.run
+            mokd.main([*args, *trained, *small, *out], eval_linear.parse, eval_linear.run)
         else:
             continue
-        mokd.main([*map(str, (*args, *more))], parse, run)
         ran.append(program)
-    evaluated = ["eval_knn.py", "eval_linear.py", "eval_linear.py", "eval_knn.py"]
-    assert ran == ["mokd.py"] * 5 + evaluated
-
+    assert ran == ["mokd.py"] * 5 + ["eval_knn.py", "eval_linear.py", "eval_linear.py", "eval_knn.py"]
 
 def test_readmes_lines_classify_as_eval_linear_does(tmp_path, monkeypatch, capsys):
     """README's wide run on images of ten colors, then its block of Python, of which only paths change."""
-    g = torch.Generator().manual_seed(0)
-    colors = torch.randint(256, (10, 3, 1, 1), generator=g)
-    files, labels = [], []
-    for part, c, i in itertools.product(("train", "val"), range(10), range(4)):
-        folder = tmp_path / "data" / part / f"class{c}"
-        folder.mkdir(parents=True, exist_ok=True)
-        pixels = (colors[c] + 60 * torch.randn(3, 32, 32, generator=g)).clamp(0, 255).to(torch.uint8)
-        write_png(pixels, str(folder / f"{i}.png"))
-        if part == "val":
-            files.append(str(folder / f"{i}.png"))
-            labels.append(c)
+    files, labels = write_images(tmp_path / "data", 10, 4)
     small = f"--data {tmp_path}/data --epochs 1 --warmup_epochs 0 --batch_size 8 --workers 0 --knn_every 0"
     wide, = [args for _, *args in calls_of("README.md") if args[-1] == "runs/wide"]
     monkeypatch.chdir(tmp_path)   # where the block finds runs/wide
@@ -253,7 +222,7 @@ def test_readmes_lines_classify_as_eval_linear_does(tmp_path, monkeypatch, capsy
     def accuracy(block):
         names = {}
         exec(block, names)
-        hits = names["logits1"].argmax(1) == torch.tensor(labels)
+        hits = names["logits1"].argmax(1) == labels
         return 100 * hits.double().mean().item()
     assert accuracy(block) == pytest.approx(top1, abs=0.01) and top1 > 50
     assert accuracy(block.replace("output_stride=8, ", "")) < top1 - 10   # such a net loads without a word

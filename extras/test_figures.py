@@ -39,19 +39,11 @@ def slow_distance(weights, side, size):
             total += weights[i, j].item() * math.hypot(i // side - j // side, i % side - j % side)
     return total / side ** 2 * size / side
 
-def test_known_attention_has_its_known_distance():
-    apart = figures.distances(2, 32)   # four patches of 16 pixels
-    uniform = torch.full((4, 4), 0.25)
-    assert figures.mean_distance(uniform, apart).item() == pytest.approx(16 * (0 + 1 + 1 + math.sqrt(2)) / 4)
-    assert figures.mean_distance(torch.eye(4), apart) == 0
-    to_the_right = torch.eye(4)[[1, 0, 3, 2]]
-    assert figures.mean_distance(to_the_right, apart) == 16
-
 def sharp_vit(pool, sharpness=0.5, **kwargs):
     """A ViT whose attention is far from uniform, so that mistakes show."""
     torch.manual_seed(0)
     backbone = mokd.Backbone("vit_tiny", dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2,
-                                              **kwargs), pool, [32])
+                                              **kwargs), pool, 32)
     with torch.no_grad():
         for name, p in backbone.named_parameters():
             if "qkv" in name or "pos_embed" in name:
@@ -84,11 +76,9 @@ def test_a_vits_distances_equal_a_loop_over_its_weights(kwargs, prefix):
 
 def test_heads_that_look_at_cls_alone_have_a_distance():
     backbone, x = sharp_vit("mean", sharpness=3), torch.randn(18, 3, 32, 32)
-    share = weights_of(backbone, x)[-1][..., 1:].sum(-1)
-    assert share.min() == 0   # in float32
-    assert figures.last_block(sharp_vit("mean", sharpness=3), x).isfinite().all()
-    pixels, _ = figures.reach_of_vit(backbone, x)
-    assert pixels.isfinite().all()
+    assert weights_of(backbone, x)[-1][..., 1:].sum(-1).min() == 0   # in float32
+    assert figures.reach_of_vit(backbone, x)[0].isfinite().all()
+    assert figures.last_block(backbone, x).isfinite().all()
 
 def test_a_cnns_distances_equal_a_loop_over_its_maps():
     torch.manual_seed(0)
@@ -194,7 +184,6 @@ def write_evaluation(folder, run, step=9, **settings):
     (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
 def table_of(capsys, *arguments):
-    """-> the lines that results.py prints."""
     results.main([str(argument) for argument in arguments])
     return capsys.readouterr().out.splitlines()
 
@@ -206,7 +195,7 @@ def test_results_are_paired_by_seed(tmp_path, capsys):
     lines = table_of(capsys, tmp_path / "alone", f"{tmp_path}/mokd*")
     assert f"| {tmp_path}/alone | 0, 1 | 52.0 ± 2.8 | 42.0 ± 2.8 |" in lines
     # Deviation of 53, 55, 60: sqrt(13). Differences of seeds 0 and 1: 3 and 1, of error sqrt(2) / sqrt(2).
-    assert f"| {tmp_path}/mokd* | 0, 1, 2 | 56.0 ± 3.6 | 46.0 ± 3.6 | +2.0 ± 1.0 | +2.0 ± 1.0 |" in lines
+    assert f"| {tmp_path}/mokd | 0, 1, 2 | 56.0 ± 3.6 | 46.0 ± 3.6 | +2.0 ± 1.0 | +2.0 ± 1.0 |" in lines
     titles = [line.split(",")[0] for line in lines if "seeds" in line]
     assert titles == ["| fine-tuning top-1 on cifar10 after 3 epochs", "| k-NN top-1 on toy after 4 epochs",
                       "| linear probing top-1 on toy after 3 epochs"]
@@ -230,8 +219,7 @@ def test_a_pattern_has_a_row_for_each_setting_and_brackets_are_taken_as_they_are
     assert f"| {seeds} | 0, 1 | 52.0 ± 2.8 | 42.0 ± 2.8 |" in table_of(capsys, seeds)
 
 @pytest.mark.parametrize("changed, words", [
-    (dict(seed=0), "two runs of seed 0"), (dict(data="cifar10"), "data"), (dict(arch2="vit_small"), "arch2"),
-    (dict(losses="sm"), "losses"), (dict(epochs=5), "epochs"), (dict(lambda1=0.1), "lambda1")])
+    (dict(seed=0), "two runs of seed 0"), (dict(data="cifar10"), "data"), (dict(lambda1=0.7), "lambda1")])
 def test_a_row_never_mixes_runs(changed, words, tmp_path):
     files = write_logs(tmp_path, "alone", ALONE) + write_logs(tmp_path, "alone", {2: (3, 4)}, **changed)
     for program in (results.main, lambda argv: drawn("curves", "--log", *argv)):
@@ -270,27 +258,21 @@ def test_each_picture_is_written_whole(figure, runs, tmp_path, capsys):
         assert (edge == 255).all()   # nothing is cut off
     *said, png, pdf = capsys.readouterr().out.splitlines()
     assert [png, pdf] == [f"wrote {tmp_path}/{figure}.{ending}" for ending in ("png", "pdf")]
-    if figure == "search":   # it prints two lines for untrained nets, two for trained ones
-        untrained, trained = said[::2]
-        assert untrained.removeprefix("untrained") != trained.removeprefix("trained")
+    if figure == "search":   # two lines for untrained nets, two for trained ones
+        assert said[0].removeprefix("untrained") != said[2].removeprefix("trained")
 
-def test_tsne_draws_few_images_and_two_checkpoints_of_a_folder(runs, tmp_path, monkeypatch):
-    for n in (2, 9):   # images
-        monkeypatch.setattr(mokd, "get_images",
-                            lambda cfg, part: TensorDataset(*[x[:n] for x in mokd.draw_toy(16, part)]))
-        folder = runs / "mokd/0"
-        shutil.copy(folder / "checkpoint.pth", folder / "epoch1.pth")
-        fig = drawn("tsne", "--checkpoint", folder / "checkpoint.pth", folder / "epoch1.pth")
-        assert len(fig.axes) == 2
-
-@pytest.mark.parametrize("argv", ["tsne --classes 0", "maps --image_size 0", "tsne --names a a"])
-def test_what_would_draw_nothing_is_refused(argv):
+@pytest.mark.parametrize("n", [2, 9])
+def test_tsne_draws_few_images_and_two_checkpoints_of_a_folder(n, runs, monkeypatch):
+    images = TensorDataset(*[x[:n] for x in mokd.draw_toy(16, "val")])
+    monkeypatch.setattr(mokd, "get_images", lambda *_: images)
+    checkpoint = runs / "mokd/0/checkpoint.pth"
+    shutil.copy(checkpoint, runs / "mokd/0/epoch1.pth")
+    assert len(drawn("tsne", "--checkpoint", checkpoint, runs / "mokd/0/epoch1.pth").axes) == 2
     with pytest.raises(SystemExit):
-        figures.parse(argv.split())
+        figures.parse(["tsne", "--names", "a", "a"])
 
 def test_crops_are_the_views_of_training(runs):
-    fig = drawn("crops", *SMALL)
-    picture = fig.axes[0].images[0].get_array()
+    picture = drawn("crops", *SMALL).axes[0].images[0].get_array()
     assert picture.shape == (4 * 26, 26 + 26 + 14, 3)   # two views of 24 pixels, one of 12; 2 between them
     views = figures.training_views(mokd.parse_args(SMALL), 4, torch.device("cpu"))
     first = torch.from_numpy(picture[26:50, 26:50]).movedim(-1, 0)   # of image 1, view 1

@@ -11,8 +11,6 @@ import eval_linear   # noqa: E402
 import mokd   # noqa: E402
 
 NAMES = ["1 resnet18", "2 vit_tiny"]
-SHORT = "--epochs 1 --warmup_epochs 0 --batch_size 16".split()
-
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
@@ -26,48 +24,33 @@ def run(tmp_path, monkeypatch):
         os.rename(tmp_path / "checkpoint.pth", tmp_path / name)
     return tmp_path
 
-
 def evaluate(program, folder, *args):
     args = ["--checkpoint", f"{folder}/checkpoint.pth", "--workers", "0", *args]
     mokd.main(args, program.parse, program.run)
 
-
 def records(file):
     return [json.loads(line) for line in open(file)]
 
-
-def test_two_checkpoints_of_a_folder_keep_their_rows(run):
-    evaluate(eval_knn, run, "--checkpoint", f"{run}/checkpoint.pth", f"{run}/epoch1.pth")
+def test_two_checkpoints_of_a_folder_keep_their_rows_and_the_folder_of_features_is_made(run, monkeypatch):
+    both = ["--checkpoint", f"{run}/checkpoint.pth", f"{run}/epoch1.pth", "--save"]
+    evaluate(eval_knn, run, *both, f"{run}/some/feats/x.pth")
+    rows = [f"{of}: {name}" for of in (run, f"{run}/epoch1.pth") for name in NAMES]
     table = records(run / "knn.jsonl")[-1]
-    assert [*table["results"]] == [f"{of}: {name}" for of in (run, f"{run}/epoch1.pth") for name in NAMES]
-    assert len(table["agreement"]) == 6
-
-
-def test_the_folder_of_saved_features_is_made_before_the_work(run, monkeypatch):
-    evaluate(eval_knn, run, "--save", f"{run}/some/feats/x.pth")
-    saved = torch.load(run / "some/feats/x.pth")
-    assert saved["val"]["features"][NAMES[0]].shape == (16, 64)
+    assert [*table["results"]] == rows and len(table["agreement"]) == 6
+    assert torch.load(run / "some/feats/x.pth")["val"]["features"][rows[0]].shape == (16, 64)
     monkeypatch.setattr(mokd, "extract_features", lambda *args: pytest.fail("too early"))
-    (run / "file").touch()
     with pytest.raises(OSError):
-        evaluate(eval_knn, run, "--save", f"{run}/file/x.pth")
-
+        evaluate(eval_knn, run, *both, f"{run}/knn.jsonl/x.pth")
 
 def test_the_log_begins_with_all_settings_and_a_finished_run_adds_nothing(run):
-    evaluate(eval_linear, run, *SHORT, "--log_every", "0")
+    for _ in range(2):
+        evaluate(eval_linear, run, *"--epochs 1 --warmup_epochs 0 --batch_size 16 --log_every 0".split())
     start, result = records(run / "linear/log.jsonl")   # no steps
     assert start["step"] == 0 and start["run"]["seed"] == 3 and start["run"]["arch1"] == "resnet18"
     assert start["settings"]["data"] == "toy" and start["settings"]["image_size"] == 24
     assert result["epoch"] == 0 and [*result["results"]] == NAMES
-    evaluate(eval_linear, run, *SHORT, "--log_every", "0")
-    assert records(run / "linear/log.jsonl") == [start, result]
 
-    command = ["--arch", "resnet18", "--data", "toy", "--image_size", "32", "--workers", "0", *SHORT]
-    mokd.main([*command, "--out", f"{run}/arch"], eval_linear.parse, eval_linear.run)
-    assert records(run / "arch/log.jsonl")[0]["run"] is None
-
-
-@pytest.mark.parametrize("rank", [0, 15, 16, 20])
+@pytest.mark.parametrize("rank", [15, 16])
 def test_a_process_without_images_takes_part_in_every_sum(rank, run, monkeypatch):
     """Of 24 processes some have none of the 16 images."""
     cfg = eval_linear.parse(["--checkpoint", f"{run}/checkpoint.pth", "--batch_size", "24", "--workers", "0"])
@@ -80,13 +63,10 @@ def test_a_process_without_images_takes_part_in_every_sum(rank, run, monkeypatch
         monkeypatch.setattr(program, "RANK", rank)
         monkeypatch.setattr(program, "WORLD", 24)
     _, val, _ = eval_knn.labeled_data(cfg)
-    results = eval_linear.evaluate(net, val, cfg, torch.device("cpu"))
-    assert [*results] == NAMES
-    bank, labels = torch.randn(9, 4), torch.arange(9) % 3
-    options = eval_knn.parse(["--k", "1", "5"])
-    found = eval_knn.classify(bank, labels, torch.randn(16, 4), torch.arange(16) % 3, options, 3)
-    assert sums == [(), (3, 2), (2, 2, 16)] and found.shape == (2, 2, 16)
-
+    assert [*eval_linear.evaluate(net, val, cfg, torch.device("cpu"))] == NAMES
+    queries, options = torch.randn(16, 4), eval_knn.parse(["--k", "1", "5"])
+    eval_knn.classify(torch.randn(9, 4), torch.arange(9) % 3, queries, torch.arange(16) % 3, options, 3)
+    assert sums == [(), (3, 2), (2, 2, 16)]
 
 @pytest.mark.parametrize("command", [
     "knn --batch_size 0", "knn --k 10 0", "knn --image_size 0", "linear --batch_size 0", "linear --resize 0",
@@ -95,4 +75,4 @@ def test_zero_of_what_there_must_be_is_refused(command, run, capsys):
     name, *args = command.split()
     with pytest.raises(SystemExit) as end:
         evaluate(dict(knn=eval_knn, linear=eval_linear)[name], run, *args)
-    assert end.value.code == 2 and f"{args[0]}" in capsys.readouterr().err
+    assert end.value.code == 2 and args[0] in capsys.readouterr().err
