@@ -101,7 +101,7 @@ def draw(ax, x, values, color, label, style="o-"):
 
 def visible(x):
     """Normalized views (..., 3, S, S) -> (..., S, S, 3) in [0, 1]."""
-    mean, std = mokd.mean_and_std(x.device)
+    mean, std = mokd.MEAN_STD.to(x.device)
     return (x * std + mean).clamp(0, 1).movedim(-3, -1).cpu()
 
 def overlay(ax, image, values, high):

@@ -214,7 +214,7 @@ def test_a_runs_weights_arrive_in_trunk_and_layer4(source, run_folder, data):
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         theirs = backbone.eval().model.forward_features(x)
-        assert torch.allclose(net.roi_heads.box_head(net.backbone(x)), theirs, rtol=1e-3, atol=1e-3)
+        assert torch.allclose(net.roi_heads.box_head(net.backbone(x)), theirs, rtol=1e-4, atol=1e-5)
     # This ResNet's maps have stride 8, and regions are pooled from them at that scale.
     assert net.roi_heads.box_roi_pool.spatial_scale == 1 / 8
 
