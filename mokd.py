@@ -380,7 +380,7 @@ def load_weights(backbone, file, flag):
         state = {name.removeprefix(prefix): w for name, w in theirs.items() if name.startswith(prefix)}
         if state.keys() >= set(used):
             return backbone.model.load_state_dict(state, strict=False)
-    stop(f"{flag} {file}: lacks weights of {backbone.timm_name}; give its state dict, such as model1.pth")
+    stop(f"{flag} {file}: lacks weights of {backbone.timm_name}, or was made by other model_kwargs")
 
 # ------------------------------------------------------------------- the two models: what each has of its own
 class Model:
@@ -943,10 +943,11 @@ def find_checkpoint(cfg, images):
 def refuse_other_settings(path, state, cfg, images):
     refused, said = [], []
     for f in fields(cfg):
-        was, now = state["config"].get(f.name), getattr(cfg, f.name)
+        was, now = state["config"].pop(f.name, f.default), getattr(cfg, f.name)   # a fork may have new flags
         if was != now:
             differing = said if f.metadata["changeable"] else refused
             differing.append(f"--{f.name} was {was}, is {now}")
+    refused += [f"--{name} was {was}, is no flag" for name, was in state["config"].items()]   # of a fork
     if refused:
         stop(f"{path}: {'; '.join(refused)}. Give the same, or another --out, which may start from this "
              f"run's weights, as for more epochs: --init1 model1.pth --init2 model2.pth")

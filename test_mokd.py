@@ -1465,6 +1465,17 @@ def test_other_settings_are_refused_and_listed(halted, data, capsys):
         assert words in message
     assert "cnn_lr" not in message and (halted / "checkpoint.pth").read_bytes() == before
 
+def test_a_forks_checkpoint_is_refused_where_its_flags_are_unknown_and_a_new_flag_has_had_its_default(
+        halted, data, tmp_path, capsys):
+    out = copy_of(halted, tmp_path / "out")
+    state = state_of(out)
+    torch.save(state | dict(config=state["config"] | dict(arch3="vit_tiny")), out / "checkpoint.pth")
+    code, message = end_of(capsys, out, data)
+    assert code == 2 and "--arch3 was vit_tiny, is no flag" in message
+    del state["config"]["t_norm"]
+    torch.save(state, out / "checkpoint.pth")
+    train(out, data)
+
 def test_another_number_of_images_and_other_class_folders_are_refused(halted, tmp_path, capsys):
     more = draw_images(tmp_path / "more", number=7)
     code, message = end_of(capsys, halted, more)
