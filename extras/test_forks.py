@@ -392,7 +392,7 @@ def test_release_builds_and_trains_any_pair(pair, lambdas, width, tmp_path):
     cfg, models = mokd.train.call_args.args[:2]
     assert (cfg.lambda1, cfg.lambda2, cfg.t_dim) == (*lambdas, width)
     own = [0.04 if m.family == "cnn" else 0.07 for m in models]   # tau' in epoch 0, for sm and st
-    taus = [own[0], own[0], own[1], own[1], 0.07, 0.07, 0.07, 0.07]   # then for cm and ct
+    taus = [0.07, 0.07, own[0], own[0], own[1], own[1], 0.07, 0.07]   # before it for ct, after it for cm
     assert [call.args[2] for call in mokd.target.call_args_list] == taus * 2   # of two steps
     for m in models:
         assert m.family == "cnn" or 0.01 < m.n_.backbone.model.cls_token.std() < 0.04

@@ -97,7 +97,8 @@ def test_a_step_equals_that_of_mokd(dtype, steps, limit, t_norm, monkeypatch):
     for m in models:
         m.net.to(dtype)
         m.n_.to(dtype)
-    n1, n2, n1_, n2_ = [n.to(dtype) for n in nets_of(cfg, models, monkeypatch)]
+    nets = nets_of(cfg, models, monkeypatch)
+    n1, n2, n1_, n2_ = [n.to(dtype, memory_format=torch.channels_last) for n in nets]   # as mokd.py's convolve
     C = torch.cat([centers_of(m) for m in models])
     optimizer = torch.optim.SGD([*n1.parameters(), *n2.parameters()], momentum=0.9)
 
