@@ -23,7 +23,7 @@ import argparse, ast, collections, copy, functools, hashlib, inspect, json, math
 import multiprocessing, os, signal, sys, threading, time, typing, zipfile  # noqa: E401
 from dataclasses import asdict, dataclass, field, fields
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")   # before torch: spinning threads would starve each other
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")   # before torch: threads that spin longer starve each other
 import timm
 import torch
 import torch.nn.functional as F
