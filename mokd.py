@@ -143,8 +143,8 @@ def train_step(model1, model2, x, cfg, now, scaler=None):
             global_views = x[:1]   # x[0] has both, (2B, 3, S, S)
             m1_, t1_, Z1_ = n1_(global_views)   # m1_, t1_: (2, B, K)
             m2_, t2_, Z2_ = n2_(global_views)
-            # Feature search (3.3), Algorithm 1's t1_(Z2, Z1_) and t2_(Z1, Z2_): what queries of model 2 find
-            # in momentum net 1's tokens, by its T-Head, and the reverse. Queries get no gradient [ours].
+            # Feature search, eq. (6), Algorithm 1's t1_(Z2, Z1_), t2_(Z1, Z2_): what queries of model 2 find
+            # in momentum net 1's tokens, by its T-Head, and the reverse. They get no gradient [released].
             if "ct" in losses:
                 query1 = model1.net.t_head.query_of(Z1.pooled)   # (V, B, C) -> (V, B, t_dim)
                 query2 = model2.net.t_head.query_of(Z2.pooled)

@@ -405,7 +405,8 @@ def test_release_builds_and_trains_any_pair(pair, lambdas, width, tmp_path):
 def test_release_teaches_itself_and_the_other_model_at_their_own_temperatures(tmp_path):
     """In an epoch in which tau' has not risen for a CNN's self-distillation. The stored step has one tau'."""
     mokd = patched("release", tmp_path)
-    flags = SMALL + CNN.format(1) + VIT.format(2, 24) + "--recipe release --drop_path 0 --lambda1 1 --lambda2 1"
+    flags = SMALL + CNN.format(1) + VIT.format(2, 24)
+    flags += "--recipe release --drop_path 0 --lambda1 1 --lambda2 1"
     cfg, cpu = mokd.parse_args(flags.split()), torch.device("cpu")
     models, now = mokd.build_models(cfg, cpu), mokd.schedule(cfg, 0, 10)
     assert (now.tau_cnn, now.tau_) == (0.04, 0.07)

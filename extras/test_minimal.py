@@ -30,11 +30,11 @@ CFG = """--data toy --out_dim 32 --hidden_dim 16 --bottleneck_dim 8 --t_dim 12 -
 SETTINGS = """out_dim hidden_dim bottleneck_dim t_dim t_heads t_depth t_norm lambda1 lambda2 center_momentum
     global_size"""
 NAMES = {"backbone.model.": "backbone.", "mlp_head.mlp.": "mlp.", "mlp_head.last.": "last_m.",
-         "t_head.last.": "last_t.", "t_head.norm.": "blocks.2.", "t_head.": ""}   # blocks.2 follows two blocks
+         "t_head.last.": "last_t.", "t_head.norm.": "blocks.2.", "t_head.": ""}   # blocks.2: after two
 
 
 def nets_of(cfg, models, patch):
-    """-> minimal.py's nets [n1, n2, n1_, n2_] with the weights of mokd.py's models, under the settings of cfg."""
+    """-> minimal.py's [n1, n2, n1_, n2_] with the weights of mokd.py's models, under the settings of cfg."""
     for name in SETTINGS.split():
         patch.setattr(minimal, name.upper(), getattr(cfg, name))
     patch.setattr(minimal, "TAU", cfg.student_temp)
@@ -98,14 +98,15 @@ def test_a_step_equals_that_of_mokd(dtype, steps, limit, t_norm, monkeypatch):
         m.net.to(dtype)
         m.n_.to(dtype)
     nets = nets_of(cfg, models, monkeypatch)
-    n1, n2, n1_, n2_ = [n.to(dtype, memory_format=torch.channels_last) for n in nets]   # as mokd.py's convolve
+    n1, n2, n1_, n2_ = [n.to(dtype, memory_format=torch.channels_last) for n in nets]   # as mokd.py's
     C = torch.cat([centers_of(m) for m in models])
     optimizer = torch.optim.SGD([*n1.parameters(), *n2.parameters()], momentum=0.9)
 
     grads, update = {}, mokd.Model.update
 
     def keep_gradients(m, *now):
-        grads[m.i] = renamed({name: p.grad.clone() for name, p in m.net.named_parameters() if p.grad is not None})
+        named = m.net.named_parameters()
+        grads[m.i] = renamed({name: p.grad.clone() for name, p in named if p.grad is not None})
         update(m, *now)
     monkeypatch.setattr(mokd.Model, "update", keep_gradients)
     for i in range(steps):
