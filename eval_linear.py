@@ -86,8 +86,8 @@ def named_in(file, images):
     return sorted(set.union(*found.values()))
 
 class TrainView:
-    """(epoch, index) -> random resized crop (3, S, S) uint8, mirrored or not; label; "". An unreadable image
-    has label -100, which cross_entropy leaves out, and a line about it in place of ""."""
+    """(epoch, index) -> random resized crop (3, S, S) uint8, mirrored or not; label. An unreadable image is
+    named and has label -100, which cross_entropy leaves out."""
     def __init__(self, images, cfg):
         self.images, self.cfg = images, cfg
 
@@ -98,13 +98,14 @@ class TrainView:
             image, label = self.images[index]
             image = mokd.to_rgb(image)
         except OSError as error:
-            return torch.zeros(3, size, size, dtype=torch.uint8), -100, str(error)
+            mokd.warn(f"skipped {error}")
+            return torch.zeros(3, size, size, dtype=torch.uint8), -100
         with torch.random.fork_rng(devices=[]):   # torchvision draws crops from the global generator
             torch.default_generator.manual_seed(mokd.seed_of(self.cfg.seed, epoch, index))
             image = mokd.crop(image, size, self.cfg.scale)
             if torch.rand(()) < 0.5:
                 image = TF.horizontal_flip(image)
-        return image, int(label), ""
+        return image, int(label)
 
 class Classifier(nn.Module):
     """A backbone with one linear layer for each rate: images (B, 3, S, S) -> logits (R, B, classes)."""
@@ -271,16 +272,17 @@ def train(cfg, net, images, val, state, device):
     net.train()
     mokd.catch_signals()
     keys = mokd.batches(len(images), cfg, step)
-    for x, y, lines in mokd.make_loader(TrainView(images, cfg), device, cfg.workers, batch_sampler=keys):
+    for x, y in mokd.make_loader(TrainView(images, cfg), device, cfg.workers, batch_sampler=keys):
         torch.manual_seed(mokd.seed_of(cfg.seed, "dropout", step, RANK))
         factor = mokd.cosine_schedule(step, steps, 1.0, 0.0, warmup)
+        skipped = (y == -100).sum()
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         window.append(train_step(distributed, x, y, cfg, optimizer, scaler, factor))
         epoch = step // per_epoch
         step += 1
 
         # Decide what this step ends with. A signal ends the run, after a checkpoint.
-        n, number = mokd.after_step(lines)
+        n, number = mokd.after_step(skipped)
         unreadable = n if (step - 1) % per_epoch == 0 else unreadable + n   # of this epoch
         mokd.refuse_unreadable(unreadable, len(images))
         if cfg.log_every and (step % cfg.log_every == 0 or step == steps or number):

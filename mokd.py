@@ -22,12 +22,9 @@ of a head, C a backbone's channels, N its tokens. Sources stand in brackets: sec
 import argparse, ast, collections, copy, functools, hashlib, inspect, json, math  # noqa: E401
 import multiprocessing, os, signal, sys, threading, time, typing, zipfile  # noqa: E401
 from dataclasses import asdict, dataclass, field, fields
-
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")   # before torch: threads that spin longer starve each other
-import timm
-import torch
+import timm, torch, torchvision  # noqa: E401
 import torch.nn.functional as F
-import torchvision
 from PIL import Image
 from timm.models.vision_transformer import Block
 from torch import distributed as dist, nn
@@ -41,7 +38,6 @@ def flag(default, help, high=math.inf, choices=None, changeable=False):
 
 changeable = functools.partial(flag, changeable=True)
 OPTIMIZERS = ("sgd", "adamw")
-
 @dataclass
 class Config:
     """Every setting with its source. Config() is the paper's run on ImageNet; where the paper is silent, or
@@ -65,8 +61,8 @@ class Config:
     t_norm: bool = flag(False, "L2-normalize what a T-Head's last layer reads [ours]; against collapse")
     # losses (3.2, 3.3)
     losses: str = flag("sm,cm,st,ct", "losses, sm among them; sm alone trains two independent nets [Table 7]")
-    lambda1: float = flag(None, "weight of cm1 and ct1, 0 to 1 [eq. 9]; unset: 1 for the larger backbone, 0.1"
-                          " for the smaller [4.5, A.1]. Table 8 is best with 1 for the one worse alone", 1)
+    lambda1: float = flag(None, "weight of cm1, ct1 [eq. 9]; unset: 1 for the larger backbone, 0.1 for the"
+                          " smaller [4.5, A.1]. Table 8 is best with 1 for the one worse alone", 1)
     lambda2: float = flag(None, "weight of cm2 and ct2, by the same rule", 1)
     search: str = flag("all", "all: each view searches the other global ones [ours]; global: those two alone"
                        " do; local: local ones search view 0 [released]", choices=("all", "global", "local"))
@@ -83,8 +79,7 @@ class Config:
     local_size: int = flag(96, "size of the local views in pixels [A.1]")
     local_scale: tuple[float, float] = flag((0.05, 0.25), "part of the image in a local view [A.1]", 1)
     local_crops: int = flag(8, "L, local views of an image [A.1]; 0 for none")
-    jitter: tuple[float, float, float, float] = flag((0.4, 0.4, 0.2, 0.1),
-                                                     "brightness, contrast, saturation, hue [DINO]")
+    jitter: tuple[(float,)*4] = flag((0.4, 0.4, 0.2, 0.1), "brightness, contrast, saturation, hue [DINO]")
     grayscale: float = flag(0.2, "probability of grayscale [DINO]; A.1 names none", 1)
     blur: tuple[float, float] = flag((0.1, 2.0), "range of the Gaussian's sigma, pixels [DINO]; 0 0: none", 2)
     solarize: float = flag(0.2, "probability of solarizing the second global view [DINO]; A.1 names none", 1)
@@ -128,11 +123,9 @@ def train_step(model1, model2, x, cfg, now, scaler=None):
     n1, n2, n1_, n2_ = model1.n, model2.n, model1.n_, model2.n_
     tau, tau_ = cfg.student_temp, now.tau_
     # Pairs (g, v): view g of a momentum net teaches view v of a student, or is searched by v's query.
-    # Then what the i-th search finds teaches v.
     teaches = search_pairs(2 + cfg.local_crops)
     searches = search_pairs(2 + cfg.local_crops, cfg.search)
-    found_teaches = [(i, v) for i, (g, v) in enumerate(searches)]
-
+    found_teaches = [(i, v) for i, (g, v) in enumerate(searches)]   # what the i-th search finds teaches v
     with autocast(x[0].device, cfg.dtype):
         # Students see all views. Each draws its stochastic depth by itself, whatever the other draws.
         reseed(cfg.seed, "stochastic depth", 1, now.step, RANK)
@@ -158,19 +151,16 @@ def train_step(model1, model2, x, cfg, now, scaler=None):
     p_m2_, p_t2_ = target(m2_, n2_.C_m, tau_), target(t2_, n2_.C_t, tau_)
     log_m1, log_t1 = log_softmax(m1, tau), log_softmax(t1, tau)
     log_m2, log_t2 = log_softmax(m2, tau), log_softmax(t2, tau)
-
     # Self-distillation (3.2) through the MLP-Heads, eq. (2), and through the T-Heads, eq. (3)
     loss_sm1 = H(p_m1_, log_m1, teaches)
     loss_sm2 = H(p_m2_, log_m2, teaches)
     loss_st1 = H(p_t1_, log_t1, teaches) if "st" in losses else 0.0
     loss_st2 = H(p_t2_, log_t2, teaches) if "st" in losses else 0.0
-
     # Cross-distillation (3.3) through the MLP-Heads, eq. (5), and the search, eq. (7); loss_it is a misprint.
     loss_cm1 = H(p_m2_, log_m1, teaches) if "cm" in losses else 0.0
     loss_cm2 = H(p_m1_, log_m2, teaches) if "cm" in losses else 0.0
     loss_ct1 = H(p_t2_s, log_t1, found_teaches) if "ct" in losses else 0.0
     loss_ct2 = H(p_t1_s, log_t2, found_teaches) if "ct" in losses else 0.0
-
     # Eq. (9): the sum of self-distillation, eq. (4), and lambda times that of cross-distillation, eq. (8)
     loss1 = (loss_sm1 + loss_st1) + cfg.lambda1 * (loss_cm1 + loss_ct1)
     loss2 = (loss_sm2 + loss_st2) + cfg.lambda2 * (loss_cm2 + loss_ct2)
@@ -284,10 +274,8 @@ class THead(nn.Module):
         x = self.norm(self.blocks(x))[:, -Z.shape[1]:].mean(1)   # without the query (Fig. 3)
         return self.last(F.normalize(x, dim=-1) if self.l2_normalize else x)
 
-# Z of Algorithm 1: pooled features by view, tokens by size of view. ResNet-50's are (10, B, 2048) and
-# [(2B, 49, 2048), (8B, 9, 2048)].
+# Z of Algorithm 1; of ResNet-50: pooled by view (10, B, 2048), tokens by size (2B, 49, 2048), (8B, 9, 2048)
 Representation = collections.namedtuple("Representation", "pooled tokens")
-
 class Net(nn.Module):
     """[m, t, Z] = n(x) of Algorithm 1: a backbone and its two heads. Without st and ct there is no T-Head."""
     def __init__(self, backbone, cfg):
@@ -327,11 +315,11 @@ class Backbone(nn.Module):
         self.prefix_tokens = getattr(self.model, "num_prefix_tokens", 0)   # CLS and registers
         self.cls = pool == "cls" and getattr(self.model, "cls_token", None) is not None
         self.nhwc = getattr(self.model, "output_fmt", "") == "NHWC"
-        y = self.eval().model.forward_features(torch.zeros(1, 3, size, size))
+        image = torch.zeros(1, 3, size, size)
         self.pooling = "[:, 0]" if self.cls else f"[:, {self.prefix_tokens}:].mean(1)"   # pool, in Python
-        if y.dim() == 4:
+        if self.eval().model.forward_features(image).dim() == 4:
             self.pooling = ".mean((1, 2))" if self.nhwc else ".mean((2, 3))"
-        pooled, tokens = self.pool(y)
+        pooled, tokens = self(image)
         self.num_tokens, self.dim = tokens.shape[1:]
         # Freeze what only a classifier would use: it gets no gradient here, and DDP must know.
         (pooled.sum() + tokens.sum()).backward()
@@ -339,14 +327,12 @@ class Backbone(nn.Module):
             p.requires_grad_(p.grad is not None)
             p.grad = None
 
-    def pool(self, y):
+    def forward(self, x):
+        y = self.model.forward_features(x)
         if y.dim() == 4:   # a map
             y = y.flatten(1, 2) if self.nhwc else y.flatten(2).mT
         tokens = y[:, self.prefix_tokens:]
         return y[:, 0] if self.cls else tokens.mean(1), tokens
-
-    def forward(self, x):
-        return self.pool(self.model.forward_features(x))
 
 def create_model(name, kwargs, drop_path=0.0):
     """-> a timm model for views of several sizes, and its arguments: kwargs, and those of ours it knows."""
@@ -388,15 +374,13 @@ class Model:
     optimizers. net is the student, n the same or DDP around it."""
     def __init__(self, cfg, i, backbone, device):
         self.cfg, self.i, self.family = cfg, i, backbone.family
-        # n_.params = n.params, the first line of Algorithm 1; stochastic depth is for the student alone.
         reseed(cfg.seed, "heads", i)
         self.net = Net(backbone, cfg)
-        self.n_ = copy.deepcopy(self.net).requires_grad_(False)
-        no_drop_path(self.n_)
+        self.n_ = copy.deepcopy(self.net).requires_grad_(False)   # n_.params = n.params: Algorithm 1, line 1
+        no_drop_path(self.n_)   # stochastic depth is for the student alone
         if cfg.grad_checkpointing:   # it updates student batch norms' statistics twice; no step reads those
             backbone.model.set_grad_checkpointing()
-        # In place, and before the optimizers, which keep the tensors they are given
-        for net in (self.net, self.n_):
+        for net in (self.net, self.n_):   # in place, and before the optimizers, which keep these tensors
             net.to(device, memory_format=torch.channels_last)   # to convolve faster
             if device.type == "cuda" and WORLD > 1:   # [DINO]; torch has none for the CPU
                 timm.layers.convert_sync_batchnorm(net)
@@ -426,8 +410,7 @@ class Model:
         return [makers[kind](of_kind, lr=0.0) for kind, of_kind in groups.items() if of_kind]
 
     def update(self, now, scaler):
-        # The last layers are frozen in the first epochs, which helps training to start [DINO].
-        if now.epoch < self.cfg.freeze_last_layer:
+        if now.epoch < self.cfg.freeze_last_layer:   # which helps training to start [DINO]
             for name, p in self.net.named_parameters():
                 p.grad = None if ".last." in name else p.grad
         for optimizer in self.optimizers:
@@ -435,8 +418,7 @@ class Model:
             for group in optimizer.param_groups:
                 group["lr"] = now.lr[group["family"]]
                 group["weight_decay"] = now.wd[group["family"]] * group["decays"]
-        # Each gradient tensor is clipped by itself, so none slows another down [DINO], and on the device.
-        if self.cfg.clip_grad:
+        if self.cfg.clip_grad:   # each tensor by itself, so none slows another down [DINO]; on the device
             grads = [p.grad for p in self.params if p.grad is not None]
             norms = torch.stack(torch._foreach_norm(grads))
             scales = (self.cfg.clip_grad / (norms + 1e-6)).clamp_max(1)
@@ -467,10 +449,9 @@ def build_models(cfg, device):
         file = getattr(cfg, f"init{i}")
         if file:
             load_weights(backbones[-1], file, f"--init{i}")
-    # The larger backbone has lambda 1, the smaller 0.1; where they are equal, both have 1 (4.5, A.1).
     size1, size2 = [sum(p.numel() for p in backbone.parameters()) for backbone in backbones]
     if cfg.lambda1 is None:
-        cfg.lambda1 = 0.1 if size1 < size2 else 1.0
+        cfg.lambda1 = 0.1 if size1 < size2 else 1.0   # 4.5, A.1; equal ones have 1 both
     if cfg.lambda2 is None:
         cfg.lambda2 = 0.1 if size2 < size1 else 1.0
     return [Model(cfg, i, backbone, device) for i, backbone in enumerate(backbones, 1)]
@@ -484,7 +465,6 @@ def cosine_schedule(step, steps, peak, end, warmup=0):
 
 # At a step: l and tau_ of the momentum nets; rates and weight decays, which are dicts with "cnn" and "vit"
 Now = collections.namedtuple("Now", "step epoch l tau_ lr wd")
-
 def schedule(cfg, step, per_epoch):
     epoch, steps, warmup = step // per_epoch, cfg.epochs * per_epoch, cfg.warmup_epochs * per_epoch
     scale = cfg.batch_size / 256   # rates are given for 256 images [DINO]
@@ -509,20 +489,20 @@ def train(cfg, models, images, val, state, device):
         log(cfg, dict(step=step, settings=asdict(cfg)))
     log_knn(cfg, models, images, val, device, step, per_epoch)   # the first, or one that a stop prevented
     window, start = [], time.time()   # losses of the steps since the last log line, and when they began
-    unreadable = 0   # images of this epoch
+    unreadable = 0   # images of this epoch, so far
     catch_signals()
     keys = batches(len(images), cfg, step)
-    for crops, lines in make_loader(MultiCrop(images, cfg), device, cfg.workers, batch_sampler=keys):
+    for crops, skipped in make_loader(MultiCrop(images, cfg), device, cfg.workers, batch_sampler=keys):
         now = schedule(cfg, step, per_epoch)
         x = make_views(crops, cfg, device, step)
         losses, targets = train_step(*models, x, cfg, now, scaler)
-        window.append(losses)
+        window = [*window, losses] if cfg.log_every else [losses]
         if step == begin:
             names = "".join(f"{name:>8}" for name in [*losses, "img/s", " min left"])
             say(f"\n{'epoch':>5}{'step':>16} {names}")
         step += 1
         # Only to log, to save and for k-NN does the host wait for the device (in fp16 SGD's scaler does too).
-        n, stopped = after_step(lines)
+        n, stopped = after_step(skipped.sum())
         unreadable = n if now.step % per_epoch == 0 else unreadable + n
         refuse_unreadable(unreadable, len(images))
         logging = cfg.log_every and (step % cfg.log_every == 0 or step == steps)
@@ -534,7 +514,6 @@ def train(cfg, models, images, val, state, device):
         if logging:
             speed = cfg.batch_size * len(window) / (time.time() - start)
             log_line(cfg, models, now, per_epoch, speed, means, target_statistics(targets))
-        if logging or not cfg.log_every:
             window, start = [], time.time()
         pause = time.time()
         if saving:
@@ -558,10 +537,10 @@ def log_line(cfg, models, now, per_epoch, speed, losses, statistics):
     if now.step % per_epoch < cfg.log_every and step > steps / 4:   # once an epoch
         for name in statistics:
             if name.startswith("spread") and statistics[name] < low:
-                uniform = statistics[name.replace("spread", "entropy")] > 50 * low
-                say(f"collapse? Low {name}, because targets are " + (
-                    "uniform: lower --teacher_temp, for a t also --t_norm" if uniform else
-                    "one for all images: lower rates, or higher --ema"))
+                cause = "one for all images: lower rates, or higher --ema"
+                if statistics[name.replace("spread", "entropy")] > 50 * low:
+                    cause = "uniform: lower --teacher_temp, for a t also --t_norm"
+                say(f"collapse? Low {name}, because targets are {cause}")
 
 def target_statistics(targets):
     """Of each momentum head's targets p (2, B, K), in nats: entropy, the mean H(p), and spread, H(mean p) -
@@ -588,8 +567,7 @@ def log_knn(cfg, models, images, val, device, step, per_epoch):
         return
     missing = 0
     if RANK == 0:   # it has the log, and decides for all
-        with open(f"{cfg.out}/log.jsonl", "a+") as f:   # may be new
-            f.seek(0)
+        with open(f"{cfg.out}/log.jsonl") as f:
             since_start = f.read().rsplit('{"step": 0, "settings"', 1)[-1]
         missing = int(f'"epoch": {epoch}, "knn1"' not in since_start)
     if sum_over_processes(torch.tensor(missing)):
@@ -629,11 +607,10 @@ class EvalView:
     def __getitem__(self, i):
         try:
             image, label = self.images[i]
-            image = to_rgb(image)
+            image = TF.resize(to_rgb(image), [self.resize], TF.InterpolationMode.BICUBIC, antialias=True)
         except OSError as error:
             warn(f"skipped {error}")
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), NO_IMAGE
-        image = TF.resize(image, [self.resize], TF.InterpolationMode.BICUBIC, antialias=True)
+            image, label = torch.zeros(3, self.size, self.size, dtype=torch.uint8), NO_IMAGE
         return TF.center_crop(image, [self.size, self.size]), int(label)
 
 @torch.no_grad()
@@ -668,36 +645,33 @@ def refuse_unlike_classes(train, val, data):
 
 # ------------------------------------------------------- views (A.1): workers crop, the device changes colors
 class MultiCrop:
-    """(epoch, index) -> uint8 crops, channels last, [(2, S, S, 3), (L, s, s, 3)], and a line about an
-    unreadable image, whose crops are the next readable one's, or ""."""
+    """(epoch, index) -> uint8 crops, channels last, [(2, S, S, 3), (L, s, s, 3)], and whether the image was
+    unreadable. Then it is named, and the crops are the next readable one's."""
     def __init__(self, images, cfg):
         self.images, self.cfg = images, cfg
 
     def __getitem__(self, key):
-        (epoch, index), cfg, crops = key, self.cfg, []
+        (epoch, index), cfg = key, self.cfg
         image, unreadable = self.read(index)
-        kinds = [(2, cfg.global_size, cfg.global_scale), (cfg.local_crops, cfg.local_size, cfg.local_scale)]
         with torch.random.fork_rng(devices=[]):   # torchvision draws crops from the global generator
             reseed(cfg.seed, epoch, index)
-            for n, size, scale in kinds:
-                if n:
-                    crops.append(torch.stack([crop(image, size, scale) for _ in range(n)]).movedim(1, -1))
-        return crops, unreadable
+            of_size = [[crop(image, cfg.global_size, cfg.global_scale) for _ in range(2)],
+                       [crop(image, cfg.local_size, cfg.local_scale) for _ in range(cfg.local_crops)]]
+        return [torch.stack(crops).movedim(1, -1) for crops in of_size if crops], unreadable
 
     def read(self, index):
-        unreadable = ""
-        for i in range(index, index + 100):
+        for skipped in range(100):
             try:
-                return to_rgb(self.images[i % len(self.images)][0]), unreadable
+                return to_rgb(self.images[(index + skipped) % len(self.images)][0]), skipped > 0
             except OSError as error:   # other errors are a data set's own
-                unreadable = unreadable or str(error)
-        raise OSError(f"100 images in a row cannot be read, the first is {unreadable}")
+                if not skipped:
+                    warn(f"skipped {error}")
+        raise OSError("100 images in a row cannot be read, the first is named above")
 
 def crop(image, size, scale):
     """(3, H, W) uint8 -> a random part of it (3, size, size), as torchvision's RandomResizedCrop."""
-    top, left, height, width = RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3])   # its ratios
-    part = image[None, :, top:top + height, left:left + width].contiguous(memory_format=torch.channels_last)
-    return F.interpolate(part, [size, size], mode="bicubic", antialias=True)[0]
+    part = RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3])   # its ratios
+    return TF.resized_crop(image, *part, [size, size], TF.InterpolationMode.BICUBIC, antialias=True)
 
 def make_views(crops, cfg, device, step):
     """augment(x) of Algorithm 1: the loader's crops -> views as the networks get them, a tensor of each size,
@@ -772,14 +746,12 @@ def adjust_hue(x, f):
 def gaussian_blur(x, sigma, radius=6):
     """Blur by sigma pixels (n, 1, 1, 1), mirrored at the edges."""
     offset = torch.arange(-radius, radius + 1, device=x.device)
-    kernel = torch.exp(-0.5 * (offset / sigma.clamp_min(1e-3)) ** 2)
-    kernel = kernel / kernel.sum(-1, keepdim=True)   # (n, 1, 1, 13): a row, which blurs within rows
+    kernel = (-0.5 * (offset / sigma.clamp_min(1e-3)) ** 2).softmax(-1)   # (n, 1, 1, 13): blurs within rows
     x = F.pad(x, [radius] * 4, "reflect").transpose(0, 1)   # a group for each image, which has its own kernel
     x = F.conv2d(F.conv2d(x, kernel, groups=len(kernel)), kernel.mT, groups=len(kernel))
     return x.transpose(0, 1)
 
 MEAN_STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)   # of ImageNet
-
 def normalize(x):
     mean, std = MEAN_STD.to(x.device, non_blocking=True)
     return (x - mean) / std
@@ -787,7 +759,6 @@ def normalize(x):
 # ----------------------------------------------------------------------------------------------------- images
 NO_IMAGE = -2   # label of an unreadable image; -1 is that of an image without label
 HIDDEN = (".", "@eaDir")   # no file below such a name is an image of a data set; the latter are thumbnails
-
 def get_images(cfg, part):
     """-> data set of (image, label); part is "train" or "val". --data names a folder or a data set."""
     if cfg.data == "toy":
@@ -798,8 +769,11 @@ def get_images(cfg, part):
             folder = cfg.data
             if os.path.isdir(os.path.join(cfg.data, "val")):
                 stop(f"--data {cfg.data}: has val/ but no train/: rename the training folder")
+        def is_image(path):
+            hidden = any(name.startswith(HIDDEN) for name in path[len(folder):].split(os.sep))
+            return torchvision.datasets.folder.is_image_file(path) and not hidden
         try:
-            return ImageFolder(folder, loader=read_image, is_valid_file=functools.partial(is_image, folder))
+            return ImageFolder(folder, loader=read_image, is_valid_file=is_image)
         except OSError as error:
             stop(f"--data {cfg.data}: {error}. Each class wants a folder of images in {folder}, at least one")
     known = {name.lower(): name for name in torchvision.datasets.__all__ if name != "ImageNet"}   # archives
@@ -827,11 +801,6 @@ class ImageFolder(torchvision.datasets.ImageFolder):
     def find_classes(self, folder):
         classes = [name for name in super().find_classes(folder)[0] if not name.startswith(HIDDEN)]
         return classes, {name: label for label, name in enumerate(classes)}
-
-def is_image(folder, path):
-    names = os.path.relpath(path, folder).split(os.sep)
-    hidden = any(name.startswith(HIDDEN) for name in names)
-    return torchvision.datasets.folder.is_image_file(path) and not hidden
 
 def read_image(path):
     try:
@@ -961,7 +930,6 @@ RANK = int(os.environ.get("RANK", 0))   # torchrun sets these three: this proces
 WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1   # the number of all,
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))   # and this one among those of its machine
 caught = {}   # signal -> when it first came since catch_signals; a training loop ends after the step
-
 def say(text):
     if RANK == 0:
         print(text, flush=True)
@@ -1033,20 +1001,12 @@ def catch_signals():
             signal.signal(number, handler)
 
 def after_step(unreadable):
-    """Lines about this process's images -> how many are unreadable in all; a signal that any caught."""
-    unreadable = [line for line in unreadable if line]
-    for line in unreadable:
-        warn(f"skipped {line}")
-    counts = torch.tensor([len(unreadable), signal.SIGTERM in caught, signal.SIGINT in caught])
+    """Number of this process's unreadable images -> that of all processes; a signal that any caught."""
+    counts = torch.tensor([unreadable, signal.SIGTERM in caught, signal.SIGINT in caught])
     n, terminated, interrupted = sum_over_processes(counts).tolist()   # on the CPU, so no GPU is waited for
     return n, signal.SIGTERM if terminated else signal.SIGINT if interrupted else None
 
 # ----------------------------------------------------------------------------------------------- command line
-def number(kind, high, text):
-    if not 0 <= kind(text) <= high:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to {high}")
-    return kind(text)
-
 def key_value(text):
     """'channels=16,32' -> ('channels', (16, 32)). A value that is no Python literal stays a string."""
     key, value = text.split("=", 1)
@@ -1060,25 +1020,24 @@ def read_flags(config, argv, about):
     parser = argparse.ArgumentParser(usage="%(prog)s [--FLAG ...]", description=about, allow_abbrev=False)
     for f in fields(config):
         options = dict(default=f.default, help=f.metadata["help"] + " (default: %(default)s)")
-        kind = f.type
-        if typing.get_args(kind):   # a tuple of two floats, say, or of any number of them
-            kind, *more = typing.get_args(kind)
+        kind, *more = typing.get_args(f.type) or [f.type]
+        if more:   # a tuple of two floats, say, or of any number of them
             options["nargs"] = "+" if ... in more else 1 + len(more)
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif kind is dict:
             options.update(type=key_value, nargs="*", metavar="KEY=VALUE")
-        elif kind is str:
-            options["choices"] = f.metadata["choices"]
         else:
-            read = functools.partial(number, kind, f.metadata["high"])
-            read.__name__ = kind.__name__   # argparse says it where a value does not fit
-            options["type"] = read
+            options.update(type=kind, choices=f.metadata["choices"])
         parser.add_argument(f"--{f.name}", **options)
     given = vars(parser.parse_args(argv))
     for f in fields(config):
-        if isinstance(given[f.name], list):   # so argparse gives tuples and dicts
-            given[f.name] = dict(given[f.name]) if f.type is dict else tuple(given[f.name])
+        value, high = given[f.name], f.metadata["high"]
+        if isinstance(value, list):   # so argparse gives tuples and dicts
+            given[f.name] = dict(value) if f.type is dict else tuple(value)
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, (int, float)) and not 0 <= one <= high:
+                parser.error(f"argument --{f.name}: {one} is not from 0 to {high}")
     return config(**given)
 
 # --demo stands for these flags. Those of a backbone are left out where its --arch is given.
@@ -1090,7 +1049,6 @@ DEMO = """--data toy --out runs/demo --epochs 14 --knn_every 14 --batch_size 64 
 DEMO1 = ("--arch1 resnet18 --model_kwargs1 layers=1,1,1,1 channels=16,32,48,64 stem_type=deep stem_width=8 "
          "output_stride=8")
 DEMO2 = "--arch2 vit_tiny --model_kwargs2 img_size=24 patch_size=4 embed_dim=64 depth=3 num_heads=2"
-
 def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if "--demo" in argv:
@@ -1106,8 +1064,6 @@ def parse_args(argv=None):
             stop(f"--{name} 0: give more")
     if cfg.warmup_epochs > cfg.epochs:
         stop(f"--warmup_epochs {cfg.warmup_epochs} is more than --epochs {cfg.epochs}: lower it")
-    if cfg.search == "local" and not cfg.local_crops:
-        stop("--search local needs --local_crops of at least 1")
     return cfg
 
 # ------------------------------------------------------------------------------------------------- toy images

@@ -145,7 +145,6 @@ WRONG = {   # command line -> words of the sentence
     "--batch_size 0": "--batch_size 0", "--epochs 0": "--epochs 0", "--student_temp 0": "--student_temp 0",
     "--teacher_temp 0": "--teacher_temp 0", "--jitter 0.4": "--jitter: expected 4",
     "--warmup_epochs 101": "--warmup_epochs 101 is more",
-    "--search local --local_crops 0": "--search local needs",
     "--data nowhere": "--data nowhere: no such folder",
     "--data toy --batch_size 5000": "--batch_size 5000 is more than the 4096 images"}
 
@@ -162,7 +161,7 @@ def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch, capsys):
 def test_mokd_is_small_and_names_every_equation():
     with open(os.path.join(HERE, "mokd.py")) as file:
         source = file.read()
-    assert source.count("\n") <= 1205
+    assert source.count("\n") <= 1160
     assert [line for line in source.splitlines() if len(line) > 110] == []
     for number in range(1, 10):
         assert f"eq. ({number})" in source.lower()
@@ -1313,8 +1312,7 @@ def test_a_knn_in_which_a_run_was_killed_is_made_up_for(halves, tmp_path, monkey
 def test_the_first_process_decides_by_its_log_whether_knn_is_missing(
         rank, known, computes, tmp_path, monkeypatch):
     cfg = config("--out", tmp_path, "--knn_every", 1, "--batch_size", 8)
-    if known:
-        (tmp_path / "log.jsonl").write_text('{"epoch": 0, "knn1": 1.0, "knn2": 2.0}\n')
+    (tmp_path / "log.jsonl").write_text('{"epoch": 0, "knn1": 1.0, "knn2": 2.0}\n' * known)
     called = []
     monkeypatch.setattr(mokd, "RANK", rank)
     monkeypatch.setattr(mokd, "knn_accuracy", lambda *_: called.append(1) or [1.0, 2.0])
@@ -1575,12 +1573,11 @@ def test_two_processes_take_the_step_and_the_votes_of_one(tmp_path):
         for name in ("C_m", "C_t"):
             assert close(b["momentum_net"][name], a["momentum_net"][name], 1e-4), name
 
-def test_signals_and_unreadable_images_of_any_process_count_for_all(monkeypatch, capsys):
+def test_signals_and_unreadable_images_of_any_process_count_for_all(monkeypatch):
     of_the_other = torch.tensor([1, 1, 0])   # it met an image that it could not read, and SIGTERM
     monkeypatch.setattr(mokd, "sum_over_processes", lambda x: x + of_the_other)
     mokd.caught.clear()
-    assert mokd.after_step(["", "a.jpg"]) == (2, signal.SIGTERM)
-    assert capsys.readouterr().err == "skipped a.jpg\n"
+    assert mokd.after_step(1) == (2, signal.SIGTERM)
 
 @pytest.mark.parametrize("flag, value, equal", [
     ("--workers", 1, True), ("--data", "the same, elsewhere", True), ("--seed", 1, False),
@@ -1680,16 +1677,18 @@ def test_more_than_one_percent_of_unreadable_images_end_training_and_evaluation(
     message = capsys.readouterr().err
     assert end.value.code == 1 and "2 of 104" in message and "070.jpg" in message
 
-def test_an_unreadable_image_gives_place_to_the_next_and_a_hundred_in_a_row_raise(hundred):
+def test_an_unreadable_image_gives_place_to_the_next_and_a_hundred_in_a_row_raise(hundred, capsys):
     cfg = config("--data", hundred)
     images = mokd.get_images(cfg, "train")
-    crops, line = mokd.MultiCrop(images, cfg)[0, 7]
+    crops, skipped = mokd.MultiCrop(images, cfg)[0, 7]
+    said = capsys.readouterr().err
     of_the_next, _ = mokd.MultiCrop([images[8]] * 104, cfg)[0, 7]
-    assert "007.jpg" in line and torch.equal(crops[0], of_the_next[0])
+    assert skipped and said.count("007.jpg") == 1 and torch.equal(crops[0], of_the_next[0])
     for i in range(104):
         (hundred / "a" / f"{i:03}.jpg").write_text("no image")
-    with pytest.raises(OSError, match="100 images in a row .*003.jpg"):
+    with pytest.raises(OSError, match="100 images in a row"):
         mokd.MultiCrop(images, cfg)[0, 3]
+    assert "003.jpg" in capsys.readouterr().err
 
 def test_images_of_16_bits_or_floats_are_unreadable_and_the_reason_is_said(tmp_path, capsys):
     """PIL would clip them: 12 bits in a file of 16 would become a few gray levels near black."""
@@ -1702,12 +1701,11 @@ def test_images_of_16_bits_or_floats_are_unreadable_and_the_reason_is_said(tmp_p
     images = mokd.get_images(cfg, "train")
     crops, views = mokd.MultiCrop(images, cfg), mokd.EvalView(images, 16)
     for i, mode in enumerate(("I;16", "I", "F")):
-        _, line = crops[0, i]
-        _, label = views[i]
-        assert label == mokd.NO_IMAGE and label < 0
-        for said in (line, capsys.readouterr().err):
-            assert f"{tmp_path}/a/{i}." in said and f"mode {mode}" in said and "255" in said
-    assert crops[0, 3][1] == "" and views[3][1] == 0 and not capsys.readouterr().err
+        assert crops[0, i][1] and views[i][1] == mokd.NO_IMAGE < 0
+        said = capsys.readouterr().err
+        for words in (f"{tmp_path}/a/{i}.", f"mode {mode}", "255"):
+            assert said.count(words) == 2
+    assert not crops[0, 3][1] and views[3][1] == 0 and not capsys.readouterr().err
 
 def test_floats_are_refused_with_the_cure_and_crops_that_are_no_uint8(tmp_path):
     """They would train as black."""
