@@ -114,7 +114,6 @@ def labeled_data(cfg):
 def progress_of(what):
     """-> progress(done, n), which says after every 100 calls how many of n images are done."""
     start, calls = time.time(), itertools.count(1)
-
     def progress(done, n):
         if next(calls) % 100 == 0:
             rate = done / (time.time() - start)

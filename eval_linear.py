@@ -11,15 +11,13 @@ they are reached at the end of the warm-up, whatever the batch size. Results are
 classifier1.pth and classifier2.pth have a backbone, under timm's names, the layer of its best rate, and what
 is needed to use both; the last lines that are printed do so.
 """
-import os
-import time
+import os, time  # noqa: E401
 from dataclasses import asdict, dataclass
 
 import mokd   # before torch
-import timm
-import torch
-import torch.nn as nn
+import timm, torch  # noqa: E401
 import torch.nn.functional as F
+from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
 from eval_knn import Source, labeled_data, labels_of, load_backbones, part_of, progress_of
@@ -39,7 +37,6 @@ class Config(Source):
     warmup_epochs: int = flag(10, "epochs in which rates rise [A.2, A.4]; A.3 has 5")
     batch_size: int = flag(None, "over all processes; unset: 2048 [A.2], to fine-tune 1024 [A.3]")
     scale: tuple[float, float] = flag((0.08, 1.0), "part of the image in a crop [torchvision]", high=1)
-
     out: str = changeable("", "folder of results; unset: linear or finetune beside the checkpoint")
     dtype: str = flag("auto", "of autocast, as for mokd.py", choices=("auto", "bf16", "fp16", "fp32"))
     log_every: int = changeable(20, "steps between log lines; 0: none")
@@ -168,7 +165,6 @@ class Classifiers(nn.ModuleList):
     def __init__(self, parts):
         super().__init__(parts)
         self.rates = [(part.name, rate) for part in parts for rate in part.rates]   # in the logits' order
-        self.lost = set()   # those whose logits are no longer finite
 
     def forward(self, x):
         x = mokd.normalize(x.float() / 255)
@@ -211,10 +207,9 @@ def evaluate(net, images, cfg, device):
     results = {part.name: {} for part in net}
     for (name, rate), top1, top5, lost in zip(net.rates, *percent.tolist()):
         results[name][rate] = dict(top1=0.0, top5=0.0) if lost else dict(top1=top1, top5=top5)
-        if lost and (name, rate) not in net.lost:
+        if lost:
             say(f"{name}: logits at --lr {rate} are not finite, so it counts as 0")
-            net.lost.add((name, rate))
-    if len(net.lost) == len(net.rates):
+    if percent[2].all():
         stop("no rate gives finite logits: give smaller ones with --lr, and another --out", 1)
     return results
 
@@ -236,17 +231,13 @@ def best_of(rates):
     """{rate: dict(top1, top5)} -> the rate with the highest top-1."""
     return max(rates, key=lambda rate: rates[rate]["top1"])
 
-def begin(cfg, net, state, device):
-    """-> optimizer, scaler, step and results, as in the checkpoint `state` if there is one."""
-    optimizer = make_optimizer(net, cfg)
-    scaler = torch.amp.GradScaler(device.type, enabled=cfg.finetune and cfg.dtype == "fp16")
-    if state is None:
-        return optimizer, scaler, 0, {}
+def resume(cfg, net, optimizer, scaler, state):
+    """Fill all three from a checkpoint -> its step and results."""
     net.load_state_dict(state["net"], strict=False)   # it has no frozen backbone
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
     say(f"resumed {cfg.out}/checkpoint.pth at step {state['step']}")
-    return optimizer, scaler, state["step"], state["results"]
+    return state["step"], state["results"]
 
 def save(cfg, net, optimizer, scaler, step, results, images):
     """Write checkpoint.pth, all that resuming needs. A frozen backbone is not saved again."""
@@ -259,14 +250,16 @@ def save(cfg, net, optimizer, scaler, step, results, images):
 def train(cfg, net, images, val, state, device):
     """Train to the end, from the checkpoint `state` if there is one -> results of the last epoch. A signal
     ends it after a checkpoint."""
-    optimizer, scaler, step, results = begin(cfg, net, state, device)
+    optimizer = make_optimizer(net, cfg)
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.finetune and cfg.dtype == "fp16")
+    step, results = resume(cfg, net, optimizer, scaler, state) if state else (0, {})
     distributed = net
     if WORLD > 1:
         distributed = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
     per_epoch = len(images) // cfg.batch_size
     steps, warmup = cfg.epochs * per_epoch, cfg.warmup_epochs * per_epoch
-    first, unreadable, window, start = step, 0, [], time.time()
-    clock = start
+    unreadable = 0   # images of this epoch, so far
+    window, start = [], time.time()   # losses since the last log line, and when they began
     if step < steps:
         mokd.log(cfg, dict(settings=asdict(cfg), step=step, run=cfg.run))
     net.train()
@@ -277,11 +270,10 @@ def train(cfg, net, images, val, state, device):
         factor = mokd.cosine_schedule(step, steps, 1.0, 0.0, warmup)
         skipped = (y == -100).sum()
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        window.append(train_step(distributed, x, y, cfg, optimizer, scaler, factor))
+        losses = train_step(distributed, x, y, cfg, optimizer, scaler, factor)
+        window = [*window, losses] if cfg.log_every else []
         epoch = step // per_epoch
         step += 1
-
-        # Decide what this step ends with. A signal ends the run, after a checkpoint.
         n, number = mokd.after_step(skipped)
         unreadable = n if (step - 1) % per_epoch == 0 else unreadable + n   # of this epoch
         mokd.refuse_unreadable(unreadable, len(images))
@@ -290,13 +282,13 @@ def train(cfg, net, images, val, state, device):
             record = {"epoch": epoch, "step": step, "steps": steps, "lr/peak": factor}
             named = zip(net.rates, losses.tolist())
             record["losses"] = {f"{name}, {rate}": loss for (name, rate), loss in named}
-            record["images/s"] = cfg.batch_size * len(window) / (time.time() - clock)
-            record["minutes_left"] = (time.time() - start) / (step - first) * (steps - step) / 60
+            record["images/s"] = speed = cfg.batch_size * len(window) / (time.time() - start)
+            record["minutes_left"] = (steps - step) * cfg.batch_size / speed / 60
             mokd.log(cfg, record)
             say(f"epoch {epoch}, step {step}/{steps}, lowest loss {losses.nan_to_num(torch.inf).min():.4f}, "
                 f"{record['images/s']:.0f} images/s, {record['minutes_left']:.0f} min left")
-            window, clock = [], time.time()
-        paused = time.time()
+            window, start = [], time.time()
+        pause = time.time()
         if step % per_epoch == 0:
             results = evaluate(net, val, cfg, device)
             mokd.log(cfg, dict(epoch=epoch, results=results))
@@ -306,7 +298,7 @@ def train(cfg, net, images, val, state, device):
             save(cfg, net, optimizer, scaler, step, results, images)
         if number:
             stop(f"stopped by {number.name} after step {step}; the same command goes on there", 128 + number)
-        clock += time.time() - paused   # so images/s are those of training alone
+        start += time.time() - pause   # so images/s are those of training alone
     return results
 
 def run(cfg):
