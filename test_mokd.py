@@ -1326,9 +1326,21 @@ def test_processes_without_an_image_take_part_in_knn(monkeypatch):
     features, labels = mokd.extract_features([backbone], mokd.EvalView(few_images(8), 32), CPU)
     assert len(labels) == 8 and not features[0].any()
 
-def test_log_every_0_logs_no_step(data, tmp_path):
-    train(tmp_path / "out", data, "--log_every", 0)
-    assert [[*record] for record in records_of(tmp_path / "out")] == [["step", "settings"]]
+def test_a_log_line_has_the_mean_losses_since_the_last_and_with_log_every_0_there_is_none(data, tmp_path):
+    logs = []
+    for n in (0, 1, 4):
+        train(tmp_path / str(n), data, "--log_every", n)
+        logs.append(records_of(tmp_path / str(n))[1:])
+    none, each, fourth = logs
+    assert not none and len(fourth) == 3 and fourth[-1]["minutes_left"] == 0
+    for i, record in enumerate(fourth):
+        mean = sum(step["sm1"] for step in each[4 * i:4 * i + 4]) / 4
+        assert record["sm1"] == pytest.approx(mean, rel=1e-5)
+
+def test_images_a_second_are_those_of_training_alone(halves, tmp_path, monkeypatch):
+    monkeypatch.setattr(mokd, "knn_accuracy", lambda *_: time.sleep(2) or [0.0, 0.0])
+    train(tmp_path / "out", halves, "--knn_every", 1)
+    assert all(record.get("images/s", 9) > 4 / 2 for record in records_of(tmp_path / "out"))
 
 # -------------------------------------------------------------------------------- stopping and resuming a run
 @pytest.mark.parametrize("number, workers, later", [(signal.SIGTERM, 0, 2), (signal.SIGINT, 2, 0)])
@@ -2280,6 +2292,7 @@ def test_the_best_rate_of_each_model_is_kept_and_marked(trained, few, tmp_path, 
     assert marked == [["1", "resnet18", "0.2"], ["2", "vit_tiny", "0.1"]]
     log = records(tmp_path / "log.jsonl")
     assert [r["step"] for r in log if "step" in r] == [0, 3, 6, 8]
+    assert [r["minutes_left"] for r in log if r.get("step") == 8] == [0]
     assert [(r["epoch"], r["results"]) for r in log if "results" in r] == [(0, results), (1, results)]
 
 def test_a_rate_that_is_not_finite_counts_as_0_and_leaves_the_others_alone(trained, few, tmp_path, capsys):
