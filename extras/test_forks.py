@@ -104,6 +104,8 @@ def test_mixer_takes_the_place_of_the_t_head(plain, tmp_path):
     assert "t_head.blocks.0.mlp_tokens.fc1.weight" in state["model1"]["net"]
     assert records[0]["sm1"] == plain[1][0]["sm1"]
     assert records[-1]["loss1"] < records[0]["loss1"]
+    head, Z = module_of(tmp_path).MixerHead(8, 4, 8, 1), torch.randn(2, 9, 8)
+    assert not torch.allclose(*[head(Z, torch.randn(2, 8)) for _ in range(2)])   # it reads its query
 
 def test_queue_is_the_naive_loss_among_keys_of_earlier_steps(tmp_path):
     """Losses, gradients and queues of five steps, in the last of which models train alone. A queue holds
@@ -233,6 +235,7 @@ def test_dataset_of_ones_own_is_trained_on_and_k_nn_sees_chance_in_noise(tmp_pat
 def test_pairing_of_ones_own_changes_the_search_alone(plain, tmp_path):
     first, usual = train("pairing", tmp_path, "--search parity")[1][0], plain[1][0]
     assert first["st1"] == usual["st1"] and first["ct1"] != usual["ct1"]
+    assert module_of(tmp_path).search_pairs(6, "parity") == [(0, 2), (0, 4), (1, 3), (1, 5)]
 
 def test_tensorboard_takes_every_record(tmp_path, monkeypatch):
     writer = Mock()
@@ -261,6 +264,15 @@ def test_release_switches_every_row(tmp_path):
     nows = [mokd.schedule(release, step, 5) for step in range(250)]   # of 5 steps an epoch
     assert [now.lr["cnn"] for now in nows[:50]] == pytest.approx(torch.linspace(0, 0.1, 50).tolist())
     assert [now.tau_cnn for now in nows[::5]] == pytest.approx(torch.linspace(0.04, 0.07, 50).tolist())
+
+    # Positions of 3 x 3 tokens, among 7 x 7 that reach from -1 to 1
+    head, hook = mokd.THead(8, 4, 8, 1, 2, 49, release=True), Mock(return_value=None)
+    head.blocks.register_forward_pre_hook(hook)
+    head(torch.zeros(1, 9, 8))
+    at = (2 * (torch.arange(3) + 0.5) / 3.1 - 1).expand(3, 3)
+    maps = head.pos.unflatten(1, (7, 7)).permute(0, 3, 1, 2)
+    pos = torch.nn.functional.grid_sample(maps, torch.stack([at, at.T], -1)[None], "bicubic", "border", False)
+    assert torch.allclose(hook.call_args.args[1][0], pos.flatten(2).mT, atol=1e-6)
 
 @pytest.mark.parametrize("pair, lambdas, width", [
     (CNN.format(1) + VIT.format(2, 24), (1, 0.1), 24), (VIT.format(1, 96) + CNN.format(2), (0.1, 1), 96),
