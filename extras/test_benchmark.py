@@ -82,6 +82,12 @@ def test_a_benchmark_prints_what_a_step_costs_and_compiled_beside_eager(capsys, 
         assert tflop_s == pytest.approx(gflop * images_s / 1000, rel=0.02)
         assert [gb, gflop] == pytest.approx(benchmark.compute(settings(*TINY)), rel=0.001)
 
+def test_steps_are_timed_after_three_that_are_not(monkeypatch):
+    done = []
+    monkeypatch.setattr(mokd, "train_step", lambda *args: done.append(args))
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: len(done))
+    assert benchmark.measure(settings(*TINY), CPU, 5) == (1, None) and len(done) == 8
+
 def test_memory_needs_no_device_and_grows_with_the_batch(capsys, monkeypatch):
     monkeypatch.setattr(mokd, "join_processes", None)
     found = []

@@ -115,7 +115,7 @@ def test_rows_of_results_come_out_of_the_committed_logs_and_its_study_is_one_tab
         cells = row.strip("| ").split(" | ")[2:]   # of two models, and how far they differ from those alone
         pairs = [" / ".join(cells[i:i + 2]) for i in range(0, len(cells), 2)]
         assert f"| {' | '.join(pairs)} |" in text
-    assert os.path.exists("drawn/curves.pdf")
+    assert "linear probing top-1 on cifar10 after 5 epochs" in printed and os.path.exists("drawn/curves.pdf")
     for name in os.listdir("runs/study"):
         assert printed.count(f"| runs/study/{name} | 0, 1, 2 |") == name.startswith("cnnvit-")
 

@@ -213,7 +213,7 @@ def test_a_pattern_has_a_row_for_each_setting_and_brackets_are_taken_as_they_are
     assert f"| {seeds} | 0, 1 | 52.0 ± 2.8 | 42.0 ± 2.8 |" in table_of(capsys, seeds)
 
 @pytest.mark.parametrize("changed, words", [
-    (dict(seed=0), "two runs of seed 0"), (dict(data="cifar10"), "setting data"), (dict(lambda1=0.7), "lambda1")])
+    (dict(seed=0), "two runs of seed 0"), (dict(data="cifar10"), "data:"), (dict(lambda1=0.7), "lambda1")])
 def test_a_row_never_mixes_runs(changed, words, tmp_path):
     write_logs(tmp_path, "alone", ALONE)
     write_logs(tmp_path, "alone", {2: (3, 4)}, **changed)
@@ -254,6 +254,11 @@ def test_each_picture_is_written_whole(figure, runs, tmp_path, capsys):
     assert [png, pdf] == [f"wrote {tmp_path}/{figure}.{ending}" for ending in ("png", "pdf")]
     if figure == "search":   # two lines for untrained nets, two for trained ones
         assert said[0].removeprefix("untrained") != said[2].removeprefix("trained")
+        saved = torch.load(both)
+        saved["model2"]["momentum_net"]["t_head.pos"] *= 99   # what model 1's queries search
+        torch.save(saved, tmp_path / "other.pth")
+        drawn("search", "--checkpoint", tmp_path / "other.pth", "--images", 4, "--view", 2)
+        assert capsys.readouterr().out.splitlines()[2] != said[2]
 
 @pytest.mark.parametrize("n", [2, 9])
 def test_tsne_draws_few_images_and_two_checkpoints_of_a_folder(n, runs, monkeypatch):
