@@ -1,15 +1,10 @@
 """The paper's figures from runs of mokd.py, and what the feature search looks at.
 
-    A=runs/alone/0/checkpoint.pth   # of a run with --losses sm
-    B=runs/mokd/0/checkpoint.pth
-    python extras/figures.py tsne --checkpoint $A $B              # features of both models (Fig. 4, S1)
-    python extras/figures.py attention --checkpoint $A $B         # how far a ViT attends (Fig. 5a-b, S2)
-    python extras/figures.py featuremap --checkpoint $A $B        # the same of a CNN (Fig. 5c-d)
-    python extras/figures.py maps --checkpoint $A $B              # where a ViT's last block looks [DINO]
-    python extras/figures.py search --checkpoint $B               # where a query looks (3.3, Fig. 3)
-    python extras/figures.py curves --log runs/alone runs/mokd    # k-NN over epochs, a band for seeds
-    python extras/figures.py losses --log runs/alone runs/mokd    # all else that the logs hold
-    python extras/figures.py crops --data FOLDER --local_size 64  # the views that mokd.py would train on
+    python extras/figures.py attention --checkpoint runs/alone/0/checkpoint.pth runs/mokd/0/checkpoint.pth
+    python extras/figures.py curves --log runs/alone runs/mokd
+    python extras/figures.py crops --data FOLDER --local_size 64
+
+README.md beside this file has a command for each figure.
 """
 import math
 import os
@@ -176,8 +171,6 @@ def tsne(cfg, device):
     classes = labels[labels >= 0].unique()
     classes = classes[shuffled(len(classes), cfg.seed)[:cfg.classes]].sort().values
     rows = torch.cat([order[labels[order] == c][:cfg.per_class] for c in classes])
-    if len(rows) < 2:
-        stop("tsne: one image has no neighbors; raise --classes or --per_class")
     anchors = order[~torch.isin(order, rows)][:512]
     if len(anchors) < 8:   # few images: all are anchors, too
         anchors = order[:512]
@@ -204,16 +197,15 @@ def tsne(cfg, device):
     return fig
 
 # --------------------------------------------------------------------------------- attention's reach (Fig. 5)
-def distances(side, size):
-    """Pixels between the centers of side * side patches of an image of size * size pixels -> (N, N)."""
-    at = torch.arange(side) * size / side
+def mean_distance(attention, size):
+    """Attention (..., N, N) among the patches of an image of size * size pixels, a row sums to 1 -> (...):
+    pixels to all keys, weighted by attention, then the mean over queries [ViT: Dosovitskiy et al. 2021, D.7];
+    the same of uniform attention."""
+    side = math.isqrt(attention.shape[-1])
+    at = torch.arange(side).to(attention) * size / side
     corner = torch.cartesian_prod(at, at)   # as far apart as the centers are
-    return (corner[:, None] - corner).norm(dim=-1)
-
-def mean_distance(attention, apart):
-    """Attention (..., N, N), of which a row sums to 1, and distances (N, N) -> (...): the distances to all
-    keys, weighted by attention, then the mean over queries [ViT: Dosovitskiy et al. 2021, D.7]."""
-    return (attention * apart.to(attention)).sum(-1).mean(-1)
+    apart = (corner[:, None] - corner).norm(dim=-1)
+    return (attention * apart).sum(-1).mean(-1), apart.mean()
 
 def keep_attention(net, *more):
     """-> timm's extractor of the attention in a net's blocks, and of what more modules give."""
@@ -234,9 +226,9 @@ def reach_of_vit(backbone, x):
     extract, prefix, found = keep_attention(backbone.model.double()), backbone.prefix_tokens, []
     for part in x.double().split(16):
         layers = [among_patches(weights[:, :, prefix:], prefix) for weights in extract(part).values()]
-        apart = distances(math.isqrt(layers[0].shape[-1]), x.shape[-1])
-        found.append(torch.stack([mean_distance(weights, apart) for weights in layers], 1))
-    return torch.cat(found), [apart.mean()] * len(layers)
+        pixels, uniform = zip(*[mean_distance(weights, x.shape[-1]) for weights in layers])
+        found.append(torch.stack(pixels, 1))
+    return torch.cat(found).cpu(), torch.stack(uniform).cpu()
 
 @torch.no_grad()
 def reach_of_cnn(backbone, x):
@@ -244,14 +236,14 @@ def reach_of_cnn(backbone, x):
     over j of z_i . z_j / sqrt(C) [ours, because the paper gives no formula]."""
     found = []
     for part in x.split(8):
-        stages, uniform = [], []
+        stages = []
         for Z in backbone.model.forward_intermediates(part, indices=4, intermediates_only=True):
-            z, apart = Z.flatten(2).mT, distances(Z.shape[-1], x.shape[-1])
+            z = Z.flatten(2).mT
             weights = (z @ z.mT / math.sqrt(z.shape[-1])).softmax(-1)
-            stages.append(mean_distance(weights, apart))
-            uniform.append(apart.mean())
-        found.append(torch.stack(stages, 1)[..., None])
-    return torch.cat(found), uniform
+            stages.append(mean_distance(weights, x.shape[-1]))
+        pixels, uniform = zip(*stages)
+        found.append(torch.stack(pixels, 1)[..., None])
+    return torch.cat(found).cpu(), torch.stack(uniform).cpu()
 
 def reach(cfg, device):
     """attention and featuremap: a panel a ViT or a CNN, with a line for each run, a dot for each head."""
@@ -264,7 +256,7 @@ def reach(cfg, device):
     fig, axes = panels(1, len(found), 3.2, sharey=True)
     for ax, (model, own) in zip(axes[0], found.items()):
         for i, (run, (pixels, uniform)) in enumerate(own.items()):
-            pixels, layers = pixels.cpu(), torch.arange(1, len(uniform) + 1)
+            layers = torch.arange(1, len(uniform) + 1)
             draw(ax, layers, pixels.mean(-1), f"C{i}", run)
             if vits:   # dots beside the line, so that those of two runs do not hide each other
                 ax.plot(layers + 0.1 * (i + 1), pixels.mean(0), ".", color=f"C{i}", alpha=0.6)

@@ -2,7 +2,7 @@
 
     python -m pytest -q extras/test_benchmark.py
 """
-import os, re, sys   # noqa: E401
+import dataclasses, os, re, sys   # noqa: E401
 
 import pytest
 import torch
@@ -67,13 +67,26 @@ def test_flops_equal_a_hand_count():
     _, gflop = benchmark.compute(cfg)
     assert 1e9 * gflop == pytest.approx(models * student_and_momentum_net, rel=1e-9)
 
-def test_a_benchmark_prints_what_a_step_costs(capsys):
-    mokd.main([*TINY, "--steps", "2"], benchmark.parse, benchmark.run)
-    text = capsys.readouterr().out
-    images_s, ms, gflop, tflop_s, gb = map(float, re.findall(r"(?<= )[\d.e-]+(?= )", text))
-    assert text.startswith("eager: ") and images_s == pytest.approx(8000 / ms, rel=0.1)
-    assert tflop_s == pytest.approx(gflop * images_s / 1000, rel=0.02)
-    assert [gb, gflop] == pytest.approx(benchmark.compute(settings(*TINY)), rel=0.001)
+def test_a_benchmark_prints_what_a_step_costs_and_compiled_beside_eager(capsys, monkeypatch):
+    asked, measure = [], benchmark.measure
+
+    def measure_eager(cfg, device, steps):
+        asked.append((cfg.compile, steps))
+        return measure(dataclasses.replace(cfg, compile=False), device, steps)
+    monkeypatch.setattr(benchmark, "measure", measure_eager)
+    mokd.main([*TINY, "--compile", "--steps", "2"], benchmark.parse, benchmark.run)
+    assert asked == [(False, 2), (True, 2)]
+    for name, line in zip(("eager", "compiled"), capsys.readouterr().out.splitlines(), strict=True):
+        images_s, ms, gflop, tflop_s, gb = map(float, re.findall(r"(?<= )[\d.e-]+(?= )", line))
+        assert line.startswith(f"{name}: ") and images_s == pytest.approx(8000 / ms, rel=0.1)
+        assert tflop_s == pytest.approx(gflop * images_s / 1000, rel=0.02)
+        assert [gb, gflop] == pytest.approx(benchmark.compute(settings(*TINY)), rel=0.001)
+
+def test_steps_are_timed_after_three_that_are_not(monkeypatch):
+    done = []
+    monkeypatch.setattr(mokd, "train_step", lambda *args: done.append(args))
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: len(done))
+    assert benchmark.measure(settings(*TINY), CPU, 5) == (1, None) and len(done) == 8
 
 def test_memory_needs_no_device_and_grows_with_the_batch(capsys, monkeypatch):
     monkeypatch.setattr(mokd, "join_processes", None)
@@ -85,18 +98,6 @@ def test_memory_needs_no_device_and_grows_with_the_batch(capsys, monkeypatch):
     (small, flops), (large, same_flops) = found
     assert small < large < 2 * small   # the weights' share stays
     assert flops == same_flops   # of an image
-
-def test_compiled_is_measured_beside_eager(capsys, monkeypatch):
-    asked = []
-
-    def measure(cfg, device, steps):
-        asked.append((cfg.compile, steps))
-        return 0.5, None
-    monkeypatch.setattr(benchmark, "measure", measure)
-    mokd.main([*TINY, "--compile", "--steps", "7"], benchmark.parse, benchmark.run)
-    assert asked == [(False, 7), (True, 7)]
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("eager: 16.0 images/s") and second.startswith("compiled: 16.0 images/s")
 
 def test_the_table_has_a_row_for_each_setting_also_where_it_does_not_fit(capsys, monkeypatch):
     def measure(cfg, device, steps):
