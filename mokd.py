@@ -64,8 +64,8 @@ class Config:
     lambda1: float = flag(None, "weight of cm1, ct1 [eq. 9]; unset: 1 for the larger backbone, 0.1 for the"
                           " smaller [4.5, A.1]. Table 8 is best with 1 for the one worse alone", 1)
     lambda2: float = flag(None, "weight of cm2 and ct2, by the same rule", 1)
-    search: str = flag("all", "all: each view searches the other global ones [ours]; global: those two alone"
-                       " do; local: local ones search view 0 [released]", choices=("all", "global", "local"))
+    search: str = flag("all", "all: each view searches the other global views [ours]; global: only these"
+                       " do; local: local views search view 0 [released]", choices=("all", "global", "local"))
     search_center: bool = flag(True, "center what a search gives, by the T-Head's center [ours]")
     student_temp: float = flag(0.1, "tau, temperature of the students [A.1]")
     teacher_temp: float = flag(0.07, "tau' after its rise [A.1]; lower it if entropies stay high")
@@ -86,7 +86,7 @@ class Config:
     # data, optimization
     data: str = changeable("imagenet", "image folder, torchvision data set (cifar10, ...), or toy")
     data_root: str = changeable("data", "folder to which torchvision data sets are downloaded")
-    workers: int = changeable(None, "loaders of each process; unset: 1, on a GPU a share of the cores to 16")
+    workers: int = changeable(None, "loaders of each process; unset: 1, on GPUs a share of cores, up to 16")
     epochs: int = flag(100, "epochs [Sec. 4]")
     batch_size: int = flag(256, "images of a step over all processes [Sec. 4, A.1]")
     warmup_epochs: int = changeable(10, "epochs in which rates rise [A.1]; raise it if losses rise")
@@ -98,7 +98,7 @@ class Config:
     cnn_lr_end: float = changeable(1e-6, "last rate of CNNs [DINO]; 0.0048 [released]")
     vit_lr_end: float = changeable(1e-6, "last rate of ViTs and T-Heads [DINO]; 1e-5 [released]")
     cnn_wd: float = flag(1e-4, "weight decay of CNNs [A.1]; 1-D parameters have none [DINO]")
-    vit_wd: float = flag(0.04, "weight decay of ViTs [A.1], all T-Heads [released]; not 1-D [DINO]")
+    vit_wd: float = flag(0.04, "weight decay of ViTs [A.1], all T-Heads [released]; 1-D ones: none [DINO]")
     wd_end: float = flag(None, "vit_wd goes to this by a cosine, to 0.4 in DINO and [released]; unset: stays")
     clip_grad: float = changeable(3.0, "norm to which each gradient tensor is clipped [DINO]; 0: none")
     freeze_last_layer: int = flag(1, "epochs of frozen last layers [DINO]; raise it if losses rise")
@@ -115,9 +115,9 @@ class Config:
 
 # ------------------------------------------------------------------------------------------------ Algorithm 1
 def train_step(model1, model2, x, cfg, now, scaler=None):
-    """One step of Algorithm 1 on views x (make_views) -> losses by name, targets by head. A new loss goes
-    into loss1, loss2 and, in each step, named. Each of loss1 and loss2 has its own backward pass, so loss1
-    must reach no weight of model 2, nor loss2 of model 1."""
+    """One step of Algorithm 1 on views x (make_views) -> losses by name, targets by head. Add a new loss
+    to loss1 and loss2, and in every step to `named`. Each of loss1 and loss2 has its own backward pass, so
+    loss1 must reach no weight of model 2, nor loss2 of model 1."""
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     losses = cfg.losses.split(",")   # one that is left out is 0
     n1, n2, n1_, n2_ = model1.n, model2.n, model1.n_, model2.n_
@@ -156,7 +156,7 @@ def train_step(model1, model2, x, cfg, now, scaler=None):
     loss_sm2 = H(p_m2_, log_m2, teaches)
     loss_st1 = H(p_t1_, log_t1, teaches) if "st" in losses else 0.0
     loss_st2 = H(p_t2_, log_t2, teaches) if "st" in losses else 0.0
-    # Cross-distillation (3.3) through the MLP-Heads, eq. (5), and the search, eq. (7); loss_it is a misprint.
+    # Cross-distillation (3.3) through the MLP-Heads, eq. (5), and the search, eq. (7), once printed loss_it
     loss_cm1 = H(p_m2_, log_m1, teaches) if "cm" in losses else 0.0
     loss_cm2 = H(p_m1_, log_m2, teaches) if "cm" in losses else 0.0
     loss_ct1 = H(p_t2_s, log_t1, found_teaches) if "ct" in losses else 0.0
@@ -189,8 +189,8 @@ def H(t, log_s, pairs):
     return sum(losses) / len(losses)
 
 def log_softmax(s, tau):
-    """Student logits (V, B, K) -> for each view the logarithm of eq. (1), (B, K). A softmax may underflow to
-    0, which has none. None, of a net without T-Head, stays None."""
+    """Student logits (V, B, K) -> for each view the logarithm of eq. (1), (B, K). Of a softmax that
+    underflows to 0 it would be -inf. A net without T-Head has None, which stays None."""
     return None if s is None else (s.float() / tau).log_softmax(-1).unbind()
 
 def target(t, center, tau_):
@@ -205,14 +205,14 @@ def search_pairs(V, which="all"):
     if which == "local":    # [released]
         return [(0, v) for v in range(2, V)]
     views = range(2 if which == "global" else V)
-    return [(g, v) for g in range(2) for v in views if v != g]   # all: [DINO] to teach, [ours] to search
+    return [(g, v) for g in range(2) for v in views if v != g]   # "all" is DINO's to teach, ours to search
 
 def search(t_head_, query, tokens_, pairs):
     """t_s = t_(Z, Z_) of Algorithm 1, the feature search (3.3, Fig. 3): queries (V, B, dim) of one student,
     tokens_ (2B, N, C) of the other's momentum net, sorted pairs (g, v) -> logits (pairs, B, K)."""
     found = []
     for g, searched in enumerate(tokens_.chunk(2)):   # the tokens of global view g
-        queries = [query[v] for of, v in pairs if of == g]
+        queries = [query[v] for of_g, v in pairs if of_g == g]
         if queries:
             found.append(t_head_(searched, torch.cat(queries)))
     return torch.cat(found).unflatten(0, (len(pairs), -1))
@@ -250,7 +250,7 @@ class THead(nn.Module):
     def __init__(self, in_dim, out_dim, dim=384, depth=3, num_heads=6, num_tokens=49, l2_normalize=False):
         super().__init__()
         layer_norm = functools.partial(nn.LayerNorm, eps=1e-6)
-        # The 1x1 convolution brings tokens and queries to one width [ours]; eq. (6) has the other model's C.
+        # The 1x1 convolution brings tokens and query to one width [ours]; eq. (6) has the other model's C.
         self.embed = nn.Linear(in_dim, dim) if in_dim != dim else nn.Identity()
         # Learned positions, the last LayerNorm and weight norm in the last layer are [released].
         self.pos = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, num_tokens, dim), std=0.02))
@@ -316,7 +316,7 @@ class Backbone(nn.Module):
         self.cls = pool == "cls" and getattr(self.model, "cls_token", None) is not None
         self.nhwc = getattr(self.model, "output_fmt", "") == "NHWC"
         image = torch.zeros(1, 3, size, size)
-        self.pooling = "[:, 0]" if self.cls else f"[:, {self.prefix_tokens}:].mean(1)"   # pool, in Python
+        self.pooling = "[:, 0]" if self.cls else f"[:, {self.prefix_tokens}:].mean(1)"   # pooled, in Python
         if self.eval().model.forward_features(image).dim() == 4:
             self.pooling = ".mean((1, 2))" if self.nhwc else ".mean((2, 3))"
         pooled, tokens = self(image)
@@ -361,12 +361,14 @@ def load_weights(backbone, file, flag):
             theirs = theirs[key]
     # "conv1.weight" may be "module.momentum_encoder.conv1.weight" there: momentum nets' prefixes come first.
     used = [name for name, p in backbone.model.named_parameters() if p.requires_grad]
+    stages = tuple({name.split(".")[0] + "." for name in used})   # in these a deeper net has more
     prefixes = [name.removesuffix(used[0]) for name in theirs if f".{name}".endswith(f".{used[0]}")]
     for prefix in sorted(prefixes, key=lambda prefix: "momentum" not in prefix):
         state = {name.removeprefix(prefix): w for name, w in theirs.items() if name.startswith(prefix)}
-        if state.keys() >= set(used):
+        more = [name for name in state.keys() - backbone.model.state_dict().keys() if name.startswith(stages)]
+        if state.keys() >= set(used) and not more:
             return backbone.model.load_state_dict(state, strict=False)
-    stop(f"{flag} {file}: lacks weights of {backbone.timm_name}, or was made by other model_kwargs")
+    stop(f"{flag} {file}: these are not the weights of {backbone.timm_name}, or of other model_kwargs")
 
 # ------------------------------------------------------------------- the two models: what each has of its own
 class Model:
@@ -472,7 +474,7 @@ def schedule(cfg, step, per_epoch):
               vit=cosine_schedule(step, steps, cfg.vit_lr * scale, cfg.vit_lr_end, warmup))
     wd_end = cfg.vit_wd if cfg.wd_end is None else cfg.wd_end
     wd = dict(cnn=cfg.cnn_wd, vit=cosine_schedule(step, steps, cfg.vit_wd, wd_end))
-    last = cfg.teacher_temp_epochs - 1   # epoch of the rise; the first is 0
+    last = cfg.teacher_temp_epochs - 1   # the last epoch of the rise, counted from 0
     tau_ = cfg.teacher_temp
     if epoch < last:
         tau_ = cfg.teacher_temp_start + (cfg.teacher_temp - cfg.teacher_temp_start) * epoch / last
@@ -525,7 +527,7 @@ def train(cfg, models, images, val, state, device):
         start += time.time() - pause   # so images/s count neither checkpoints nor k-NN
 
 def log_line(cfg, models, now, per_epoch, speed, losses, statistics):
-    """Print a line about the step that ended, and append it to log.jsonl."""
+    """Print a line about the steps since the last one, and append it to log.jsonl."""
     step, steps = now.step + 1, cfg.epochs * per_epoch
     record = dict(epoch=now.epoch, step=step, steps=steps) | losses | statistics
     record |= {f"lr{m.i}": now.lr[m.family] for m in models}
@@ -533,7 +535,7 @@ def log_line(cfg, models, now, per_epoch, speed, losses, statistics):
     log(cfg, record | dict(GB=torch.cuda.max_memory_allocated() / 1e9))   # 0 without a GPU
     columns = "".join(f"{loss:8.3f}" for loss in losses.values())
     say(f"{now.epoch:5}{f'{step}/{steps}':>16} {columns}{speed:8.0f}{record['minutes_left']:9.0f}")
-    low = 0.01 * math.log(cfg.out_dim)   # this, a half of log K below and a quarter of the steps are [ours]
+    low = 0.01 * math.log(cfg.out_dim)   # low, and "uniform" over half of log K, are [ours]
     if now.step % per_epoch < cfg.log_every and step > steps / 4:   # once an epoch
         for name in statistics:
             if name.startswith("spread") and statistics[name] < low:
@@ -543,9 +545,9 @@ def log_line(cfg, models, now, per_epoch, speed, losses, statistics):
                 say(f"collapse? Low {name}, because targets are {cause}")
 
 def target_statistics(targets):
-    """Of each momentum head's targets p (2, B, K), in nats: entropy, the mean H(p), and spread, H(mean p) -
-    mean H(p), at most log K and log 2B. It is near 0 where all images get one answer, whatever losses say.
-    Processes look at their own share, and these are means over them."""
+    """Of each momentum head's targets p (2, B, K), in nats: their mean entropy, and spread, the entropy
+    of the mean p minus that, at most log K and log 2B. It is near 0 where all images get one answer, whatever
+    losses say. Processes look at their own share, and these are means over them."""
     statistics = {}
     for name, p in targets.items():
         if p is not None:
@@ -646,7 +648,7 @@ def refuse_unlike_classes(train, val, data):
 # ------------------------------------------------------- views (A.1): workers crop, the device changes colors
 class MultiCrop:
     """(epoch, index) -> uint8 crops, channels last, [(2, S, S, 3), (L, s, s, 3)], and whether the image was
-    unreadable. Then it is named, and the crops are the next readable one's."""
+    unreadable. Such an image is named, and the next readable one is cropped in its place."""
     def __init__(self, images, cfg):
         self.images, self.cfg = images, cfg
 
@@ -684,8 +686,8 @@ def make_views(crops, cfg, device, step):
     return views
 
 def draw_photometric(cfg, step):
-    """What happens in a step to each view of this process's images: CPU tensors (..., V, B), drawn for the n
-    images of all processes, so that their number does not matter."""
+    """What happens in a step to each view of this process's images: CPU tensors (..., V, B), drawn for all n
+    images of the step, so that they are the same for any number of processes."""
     V, n, g = 2 + cfg.local_crops, cfg.batch_size, generator(cfg.seed, "photometric", step)
     def rand(*more):
         return torch.rand(*more, V, n, generator=g)
@@ -748,8 +750,7 @@ def gaussian_blur(x, sigma, radius=6):
     offset = torch.arange(-radius, radius + 1, device=x.device)
     kernel = (-0.5 * (offset / sigma.clamp_min(1e-3)) ** 2).softmax(-1)   # (n, 1, 1, 13): blurs within rows
     x = F.pad(x, [radius] * 4, "reflect").transpose(0, 1)   # a group for each image, which has its own kernel
-    x = F.conv2d(F.conv2d(x, kernel, groups=len(kernel)), kernel.mT, groups=len(kernel))
-    return x.transpose(0, 1)
+    return F.conv2d(F.conv2d(x, kernel, groups=len(kernel)), kernel.mT, groups=len(kernel)).transpose(0, 1)
 
 MEAN_STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)   # of ImageNet
 def normalize(x):
@@ -776,7 +777,7 @@ def get_images(cfg, part):
             return ImageFolder(folder, loader=read_image, is_valid_file=is_image)
         except OSError as error:
             stop(f"--data {cfg.data}: {error}. Each class wants a folder of images in {folder}, at least one")
-    known = {name.lower(): name for name in torchvision.datasets.__all__ if name != "ImageNet"}   # archives
+    known = {name.lower(): name for name in torchvision.datasets.__all__ if name != "ImageNet"}
     name = known.get(cfg.data.lower().replace("_", ""))
     if name is None:
         stop(f"--data {cfg.data}: no such folder, nor a data set of torchvision such as cifar10, nor toy")
@@ -818,8 +819,7 @@ def to_rgb(image):
     if image.mode[0] in "FI":
         raise OSError(f"mode {image.mode}: which value is white? save it with 8 bits, where 255 is")
     if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return TF.pil_to_tensor(image.convert("RGB"))
 
 def refuse_unreadable(n, total):
@@ -929,7 +929,7 @@ def refuse_other_settings(path, state, cfg, images):
 RANK = int(os.environ.get("RANK", 0))   # torchrun sets these three: this process,
 WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1   # the number of all,
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))   # and this one among those of its machine
-caught = {}   # signal -> when it first came since catch_signals; a training loop ends after the step
+caught = {}   # signal -> when it first came; the training loop ends after the step in which one came
 def say(text):
     if RANK == 0:
         print(text, flush=True)
@@ -979,7 +979,7 @@ def wait_for_all():
     sum_over_processes(torch.zeros(1))   # which ends when all have come
 
 def seed_of(*key):
-    """A 63-bit seed from numbers and words. All that is drawn begins with one, so a resumed run repeats the
+    """A 63-bit seed from numbers and words. Every draw is seeded by one, so a resumed run repeats the
     uninterrupted one, on GPUs up to the order of sums, with any number of workers."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
 
@@ -990,7 +990,7 @@ def reseed(*key):
     torch.manual_seed(seed_of(*key))
 
 def catch_signals():
-    """SIGTERM and SIGINT now wait for the end of a step, but for a second Ctrl-C, as when a loader hangs."""
+    """SIGTERM and SIGINT now wait for a step's end; a second Ctrl-C does not, as when a loader hangs."""
     caught.clear()
     def handler(number, frame):
         first = caught.setdefault(number, time.time())

@@ -474,6 +474,13 @@ def test_init_refuses_another_architecture(tmp_path, capsys):
     code, said = stopped(capsys, *SMALL, *PAIR, "--init1", tmp_path / "w.pth")
     assert code == 2 and f"--init1 {tmp_path}" in said
 
+def test_init_refuses_a_deeper_net_whose_first_blocks_would_fit(tmp_path):
+    for arch, deeper, shallower in (("resnet18", dict(layers=(1, 2, 1, 1)), dict(layers=(1, 1, 1, 1))),
+                                    ("vit_tiny_patch16_224", dict(depth=2), dict(depth=1))):
+        torch.save(mokd.Backbone(arch, deeper, size=32).model.state_dict(), tmp_path / "w.pth")
+        with pytest.raises(SystemExit):
+            mokd.load_weights(mokd.Backbone(arch, shallower, size=32), tmp_path / "w.pth", "--init1")
+
 # --------------------------------------------------------------------------- heads (3.4) and the search (3.3)
 def test_a_search_drops_the_query_before_the_mean_over_tokens():
     Z, query = torch.randn(3, 4, 8), torch.randn(3, 12)

@@ -311,6 +311,8 @@ def run(cfg):
     images, val = open_coco(TrainingImages, cfg, "train"), open_coco(CocoDetection, cfg, "val")
     if sorted(val.coco.cats) != images.categories:
         mokd.stop(f"--data {cfg.data}: val2017 has other categories than train2017")
+    if len(images) < cfg.batch_size:
+        mokd.stop(f"--batch_size {cfg.batch_size} is more than the {len(images)} images: lower it")
     images.seed = cfg.seed
     net = build(cfg, len(images.categories), device)
     os.makedirs(cfg.out, exist_ok=True)

@@ -171,6 +171,8 @@ def tsne(cfg, device):
     classes = labels[labels >= 0].unique()
     classes = classes[shuffled(len(classes), cfg.seed)[:cfg.classes]].sort().values
     rows = torch.cat([order[labels[order] == c][:cfg.per_class] for c in classes])
+    if len(rows) < 2:
+        stop("tsne: one image has no neighbors; raise --classes or --per_class")
     anchors = order[~torch.isin(order, rows)][:512]
     if len(anchors) < 8:   # few images: all are anchors, too
         anchors = order[:512]
