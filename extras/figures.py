@@ -301,25 +301,29 @@ def maps(cfg, device):
 def look(t_head, tokens, query):
     """Tokens (B, N, C) and a query (B, dim) of each image -> attention (B, blocks, N) of the query to the
     tokens, mean over heads, which sums to 1 less what the query pays to itself; change (B, N), how far the
-    query moves each output token, over that token's length."""
+    query moves each output token, over that token's length; logits without and with the query, (B, K)."""
     extract = keep_attention(t_head, "norm")   # what leaves norm is averaged
-    t_head(tokens)
+    logits = t_head(tokens)
     *_, without = extract.hooks.get_output(tokens.device).values()
-    t_head(tokens, query)
+    searched = t_head(tokens, query)
     *weights, with_query = extract.hooks.get_output(tokens.device).values()
     attention = torch.stack([own[:, :, 0, 1:].mean(1) for own in weights], 1)
     change = (with_query[:, 1:] - without).norm(dim=-1) / without.norm(dim=-1)
-    return attention, change
+    return attention, change, logits, searched
 
 @torch.no_grad()
-def look_both_ways(models, query_view, searched_view):
-    """Views (B, 3, S, S) -> [(attention, change)]: student 1's query among momentum net 2's tokens, and the
-    other way round. All nets run as in evaluation."""
+def look_both_ways(models, query_view, searched_view, tau_):
+    """Views (B, 3, S, S) -> [(attention, change, moved)]: student 1's query among momentum net 2's tokens,
+    and the other way round. moved (B,) is the part of a target that the query moves to other entries. All
+    nets run as in evaluation."""
     found = []
     for model, other in (models, models[::-1]):
         student, momentum_net = model.net.eval(), other.n_.eval()
         query = student.t_head.query_of(student.backbone(query_view)[0])
-        found.append(look(momentum_net.t_head, momentum_net.backbone(searched_view)[1], query))
+        tokens = momentum_net.backbone(searched_view)[1]
+        attention, change, *logits = look(momentum_net.t_head, tokens, query)
+        without, with_query = [mokd.target(t, momentum_net.C_t, tau_) for t in logits]
+        found.append((attention, change, (with_query - without).abs().sum(-1) / 2))
     return found
 
 def effective(attention):
@@ -338,20 +342,21 @@ def search(cfg, device):
     views = training_views(settings, cfg.images, device)
     query_view, searched_view = views[cfg.view], views[0]
     models = mokd.build_models(settings, device)
-    untrained = look_both_ways(models, query_view, searched_view)
+    untrained = look_both_ways(models, query_view, searched_view, settings.teacher_temp)
     for model in models:
         model.net.load_state_dict(saved[f"model{model.i}"]["net"])
         model.n_.load_state_dict(saved[f"model{model.i}"]["momentum_net"])
-    trained = look_both_ways(models, query_view, searched_view)
+    trained = look_both_ways(models, query_view, searched_view, settings.teacher_temp)
 
     names = [f"{settings.arch1} in {settings.arch2}", f"{settings.arch2} in {settings.arch1}"]
     for when, found in (("untrained", untrained), ("trained", trained)):
-        for name, (weights, change) in zip(names, found):
+        for name, (weights, change, moved) in zip(names, found):
             print(f"{when}, {name}: attention is spread over {effective(weights).mean():.1f} of "
-                  f"{weights.shape[-1]} patches, a token changes by {100 * change.mean():.2f} %")
+                  f"{weights.shape[-1]} patches, a token changes by {100 * change.mean():.2f} %, "
+                  f"{100 * moved.mean():.1f} % of a target moves")
     n = min(SHOWN, len(searched_view))
-    times = [weights[:n] * (weights.shape[-1] + 1) for weights, _ in trained]   # the query is a token too
-    percent = [100 * change[:n] for _, change in trained]
+    times = [weights[:n] * (weights.shape[-1] + 1) for weights, *_ in trained]   # the query is a token too
+    percent = [100 * change[:n] for _, change, _ in trained]
     columns = ["query", "searched", *[f"block {b + 1}" for b in range(settings.t_depth)], "change"]
     fig, axes = pictures(2 * n, len(columns))
     for row, of_row in enumerate(axes):

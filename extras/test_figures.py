@@ -109,7 +109,8 @@ def test_attention_and_change_of_a_search_equal_a_slow_computation():
     for block in head.blocks:   # far from uniform attention
         block.attn.qkv.weight.copy_(torch.randn(72, 24) / 4)
     tokens, query = torch.randn(3, 9, 24), torch.randn(3, 24)
-    attention, change = figures.look(head, tokens, query)
+    attention, change, *logits = figures.look(head, tokens, query)
+    assert torch.equal(logits[0], head(tokens)) and torch.equal(logits[1], head(tokens, query))
     x = torch.cat([query[:, None], tokens + head.pos], 1)
     for b, block in enumerate(head.blocks):
         weights = attention_of(block.attn, block.norm1(x))
@@ -118,6 +119,17 @@ def test_attention_and_change_of_a_search_equal_a_slow_computation():
     moved, still = head.norm(x)[:, 1:], head.norm(head.blocks(tokens + head.pos))
     expected = (moved - still).square().sum(-1).sqrt() / still.square().sum(-1).sqrt()
     assert torch.allclose(change, expected, rtol=1e-4)
+
+def test_the_part_of_a_target_that_a_query_moves():
+    cfg = mokd.parse_args("--demo --arch2 resnet18 --model_kwargs2 layers=1,1,1,1 output_stride=8".split())
+    one, two = mokd.build_models(cfg, torch.device("cpu"))
+    two.n_.C_t.normal_()
+    a, b = torch.randn(2, 3, 3, 24, 24)
+    (_, _, moved), _ = figures.look_both_ways((one, two), a, b, 0.2)
+    with torch.no_grad():
+        tokens, query = two.n_.backbone(b)[1], one.net.t_head.query_of(one.net.backbone(a)[0])
+        p, q = [((two.n_.t_head(*of) - two.n_.C_t) / 0.2).softmax(1) for of in ((tokens,), (tokens, query))]
+    assert torch.allclose(moved, (p - q).clamp_min(0).sum(1), atol=1e-6) and moved.min() > 0
 
 def test_the_number_of_tokens_over_which_attention_is_spread():
     attention = 0.2 * torch.tensor([[1.0, 1, 1, 1], [0, 2, 0, 0], [1, 0, 1, 0]])   # the rest is the query's
