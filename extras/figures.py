@@ -313,17 +313,18 @@ def look(t_head, tokens, query):
 
 @torch.no_grad()
 def look_both_ways(models, query_view, searched_view, tau_):
-    """Views (B, 3, S, S) -> [(attention, change, moved)]: student 1's query among momentum net 2's tokens,
-    and the other way round. moved (B,) is the part of a target that the query moves to other entries. All
-    nets run as in evaluation."""
+    """Views (B, 3, S, S) -> [(attention, change, by_query, by_image)]: student 1's query among momentum net
+    2's tokens, and the other way round. by_query (B,) is the part of a target that is elsewhere without the
+    query, by_image with another image's. All nets run as in evaluation."""
     found = []
     for model, other in (models, models[::-1]):
         student, momentum_net = model.net.eval(), other.n_.eval()
         query = student.t_head.query_of(student.backbone(query_view)[0])
         tokens = momentum_net.backbone(searched_view)[1]
         attention, change, *logits = look(momentum_net.t_head, tokens, query)
-        without, with_query = [mokd.target(t, momentum_net.C_t, tau_) for t in logits]
-        found.append((attention, change, (with_query - without).abs().sum(-1) / 2))
+        logits.append(momentum_net.t_head(tokens, query.roll(1, 0)))
+        without, p, by_another = [mokd.target(t, momentum_net.C_t, tau_) for t in logits]
+        found.append((attention, change, *[(p - q).abs().sum(-1) / 2 for q in (without, by_another)]))
     return found
 
 def effective(attention):
@@ -350,13 +351,14 @@ def search(cfg, device):
 
     names = [f"{settings.arch1} in {settings.arch2}", f"{settings.arch2} in {settings.arch1}"]
     for when, found in (("untrained", untrained), ("trained", trained)):
-        for name, (weights, change, moved) in zip(names, found):
+        for name, (weights, change, by_query, by_image) in zip(names, found):
             print(f"{when}, {name}: attention is spread over {effective(weights).mean():.1f} of "
                   f"{weights.shape[-1]} patches, a token changes by {100 * change.mean():.2f} %, "
-                  f"{100 * moved.mean():.1f} % of a target moves")
+                  f"a query moves {100 * by_query.mean():.1f} % of a target, and another image's query "
+                  f"{100 * by_image.mean():.1f} % of that with its own")
     n = min(SHOWN, len(searched_view))
     times = [weights[:n] * (weights.shape[-1] + 1) for weights, *_ in trained]   # the query is a token too
-    percent = [100 * change[:n] for _, change, _ in trained]
+    percent = [100 * change[:n] for _, change, *_ in trained]
     columns = ["query", "searched", *[f"block {b + 1}" for b in range(settings.t_depth)], "change"]
     fig, axes = pictures(2 * n, len(columns))
     for row, of_row in enumerate(axes):

@@ -125,11 +125,13 @@ def test_the_part_of_a_target_that_a_query_moves():
     one, two = mokd.build_models(cfg, torch.device("cpu"))
     two.n_.C_t.normal_()
     a, b = torch.randn(2, 3, 3, 24, 24)
-    (_, _, moved), _ = figures.look_both_ways((one, two), a, b, 0.2)
+    (_, _, *moved), _ = figures.look_both_ways((one, two), a, b, 0.2)
     with torch.no_grad():
         tokens, query = two.n_.backbone(b)[1], one.net.t_head.query_of(one.net.backbone(a)[0])
-        p, q = [((two.n_.t_head(*of) - two.n_.C_t) / 0.2).softmax(1) for of in ((tokens,), (tokens, query))]
-    assert torch.allclose(moved, (p - q).clamp_min(0).sum(1), atol=1e-6) and moved.min() > 0
+        own, none, other = [((two.n_.t_head(tokens, *of) - two.n_.C_t) / 0.2).softmax(1)
+                            for of in ((query,), (), (query[[2, 0, 1]],))]
+    for found, q in zip(moved, (none, other)):
+        assert torch.allclose(found, (own - q).clamp_min(0).sum(1), atol=1e-6) and found.min() > 0
 
 def test_the_number_of_tokens_over_which_attention_is_spread():
     attention = 0.2 * torch.tensor([[1.0, 1, 1, 1], [0, 2, 0, 0], [1, 0, 1, 0]])   # the rest is the query's
