@@ -87,7 +87,6 @@ def close(a, b, relative):
 def gradients_of_step(cfg, models, x, now, scaler=None):
     """Run a step -> losses, and the gradients that it had before clipping, by (model, name)."""
     grads, update = {}, mokd.Model.update
-
     def record_and_update(m, now, scaler):
         for name, p in m.net.named_parameters():
             if p.grad is not None:
@@ -603,7 +602,6 @@ def test_weight_decay_spares_biases_and_1d_parameters_and_each_parameter_is_in_o
 def test_stochastic_depth_is_for_the_student_vit_alone():
     cfg = config("--drop_path", 0.5)
     model1, model2 = models_of(cfg)
-
     def rates(net):
         return {m.drop_prob for m in net.modules() if isinstance(m, timm.layers.DropPath)}
     assert max(rates(model2.net)) == 0.5
@@ -629,10 +627,8 @@ def test_last_layers_stand_still_in_their_frozen_epochs():
 def naive_t_head(head, Z, query=None):
     """3.4 and Fig. 3 in plain operations: tokens (B, N, C), queries (B, dim) -> logits (B, K)."""
     w = dict(head.named_parameters())
-
     def linear(x, name):
         return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
-
     def layer_norm(x, name):
         return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-6)
     x = linear(Z, "embed") if "embed.weight" in w else Z
@@ -663,7 +659,6 @@ def naive_losses(models, x, cfg, tau_):
     B, V, on, tau = cfg.batch_size, 2 + cfg.local_crops, cfg.losses.split(","), cfg.student_temp
     pairs = [(g, v) for g in range(2) for v in range(V) if v != g]
     searches = {"all": pairs, "global": [(0, 1), (1, 0)], "local": [(0, v) for v in range(2, V)]}[cfg.search]
-
     def outputs(net, x):
         """-> for each view m, t, pooled and local features."""
         views = []
@@ -793,7 +788,6 @@ def test_no_gradient_reaches_a_momentum_net_a_target_or_a_query(monkeypatch):
     targets, H = [], mokd.H
     monkeypatch.setattr(mokd, "H", lambda t, *others: targets.append(t) or H(t, *others))
     forward = mokd.THead.forward
-
     def with_query(head, Z, query=None):
         assert query is None or not query.requires_grad
         return forward(head, Z, query)
@@ -915,7 +909,6 @@ def test_low_precision_takes_the_same_step():
 def test_compiled_models_take_the_same_step(monkeypatch):
     """All four nets are captured as graphs. To make machine code of them would take minutes."""
     compiled, losses, original = [], [], nn.Module.compile
-
     def capture(net, dynamic):
         compiled.append(net)
         original(net, dynamic=dynamic, backend="aot_eager")
@@ -981,7 +974,6 @@ def test_a_step_on_cuda_stays_on_it_and_never_waits(args, monkeypatch):
     device, cfg = torch.device("cuda", 0), config("--dtype", "bf16", *args)
     with FakeTensorMode(allow_non_fake_inputs=True), FakeGPU() as gpu:
         models = mokd.build_models(cfg, device)
-
         def backward(loss):
             for p in models[0].params + models[1].params:
                 if p.requires_grad:
@@ -1111,7 +1103,6 @@ def end_of(capsys, out, data, *args):
 def after(monkeypatch, step, action):
     """Calls action(model1) when a run has taken step number `step`."""
     real = mokd.train_step
-
     def train_step(model1, model2, x, cfg, now, scaler):
         result = real(model1, model2, x, cfg, now, scaler)
         if now.step + 1 == step:
@@ -1298,7 +1289,6 @@ def test_each_knn_is_in_the_log_once_wherever_a_signal_came(step, halves, tmp_pa
 def test_a_knn_in_which_a_run_was_killed_is_made_up_for(halves, tmp_path, monkeypatch):
     """The third, of the last epoch: its checkpoint is written before."""
     calls, knn_accuracy = [], mokd.knn_accuracy
-
     def killed(*args):
         calls.append(1)
         if len(calls) == 3:
@@ -1513,7 +1503,6 @@ def test_a_checkpoint_is_not_mapped_while_it_may_be_replaced(halted, data, tmp_p
     if not os.path.exists("/proc/self/maps"):
         pytest.skip("needs /proc")
     out, mapped = copy_of(halted, tmp_path / "out"), []
-
     def look(model1):
         with open("/proc/self/maps") as f:
             mapped.append(str(out) in f.read())
@@ -1551,7 +1540,6 @@ def test_what_is_not_finite_is_never_saved(step, words, data, tmp_path, capsys, 
 def test_weights_are_written_before_the_checkpoint_each_to_a_file_of_its_own_that_is_then_renamed(
         data, tmp_path, monkeypatch):
     replaced, replace = [], os.replace
-
     def record(source, goal):
         torch.load(source, weights_only=True)   # it is complete when it takes its name
         replaced.append(os.path.basename(goal))
@@ -1754,7 +1742,6 @@ def test_one_process_downloads_then_one_a_machine_then_the_others(monkeypatch):
 def test_a_damaged_file_of_a_data_set_is_said_in_its_own_words(monkeypatch):
     def with_train(root, train, download):
         raise ValueError("damaged file")
-
     def with_split(root, split, download):
         torchvision.datasets.utils.verify_str_arg(split, "split", ("train", "test"))
         raise ValueError("damaged file")
@@ -1831,7 +1818,6 @@ def test_a_data_sets_own_error_and_a_killed_worker_end_the_run_with_the_real_err
 def handlers():
     """A caller's handlers of SIGTERM and SIGINT."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
     def handler(number, frame):
         raise InterruptedError("the caller's own")
     for number in before:
@@ -2039,7 +2025,6 @@ def test_what_would_make_a_number_wrong_ends_both_evaluations(program, trained, 
                                                              capsys):
     small = ["--epochs", 1, "--warmup_epochs", 0, "--batch_size", 128] if program is eval_linear else []
     file = trained / "checkpoint.pth"
-
     def ends_with(code, words, train=0, val=0, **changed):
         """Run on so many damaged images; `changed` are attributes of the validation images."""
         images = {part: Damaged(*parts[part].tensors) for part in parts}
@@ -2235,7 +2220,6 @@ def test_a_subset_file_names_the_images_that_keep_their_label(tmp_path):
             Image.new("RGB", (8, 8)).save(file)
     cfg = eval_linear.parse(f"--arch resnet18 --data {tmp_path} --subset {tmp_path}/list".split())
     images = eval_knn.labeled_data(cfg)[0]
-
     def kept(text):
         (tmp_path / "list").write_text(text)
         part = eval_linear.keep_labels(images, cfg)
@@ -2256,7 +2240,6 @@ def test_a_signal_then_resume_repeats_linear_bit_for_bit(number, mode, trained, 
             "--warmup_epochs", 1, *mode]
     whole = linear(tmp_path / "whole", *args)
     calls, train_step = itertools.count(1), eval_linear.train_step
-
     def signalled(*args):
         if next(calls) == 11:   # of 8 + 8 steps
             os.kill(os.getpid(), number)
@@ -2284,7 +2267,6 @@ def test_a_signal_then_resume_repeats_linear_bit_for_bit(number, mode, trained, 
 
 def test_the_best_rate_of_each_model_is_kept_and_marked(trained, few, tmp_path, monkeypatch, capsys):
     tops = dict(zip(NAMES, ((1.0, 9.0, 5.0), (9.0, 1.0, 5.0))))
-
     def found(net, *args):
         return {name: {f"0.{i}": dict(top1=top1, top5=99.0) for i, top1 in enumerate(values, 1)}
                 for name, values in tops.items()}
