@@ -115,9 +115,9 @@ class Config:
 
 # ------------------------------------------------------------------------------------------------ Algorithm 1
 def train_step(model1, model2, x, cfg, now, scaler=None):
-    """One step of Algorithm 1 on views x (make_views) -> losses by name, targets by head. Add a new loss
-    to loss1 and loss2, and in every step to `named`. Each of loss1 and loss2 has its own backward pass, so
-    loss1 must reach no weight of model 2, nor loss2 of model 1."""
+    """One step of Algorithm 1 on views x (make_views; the copies are in Model) -> losses by name, targets by
+    head. Add a new loss to loss1 and loss2, and in every step to `named`. Each of loss1 and loss2 has its own
+    backward pass, so loss1 must reach no weight of model 2, nor loss2 of model 1."""
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     losses = cfg.losses.split(",")   # one that is left out is 0
     n1, n2, n1_, n2_ = model1.n, model2.n, model1.n_, model2.n_
@@ -305,7 +305,7 @@ class Backbone(nn.Module):
     dim is C, num_tokens N of an image of `size` pixels."""
     def __init__(self, name, kwargs=None, pool="mean", size=224, drop_path=0.0):
         super().__init__()
-        if name in ("vit_tiny", "vit_small", "vit_base"):   # the paper's short names
+        if name in ("vit_tiny", "vit_small", "vit_base"):   # short names
             name += "_patch16_224"
         self.timm_name, self.family = name, "vit"
         self.model, self.timm_kwargs = create_model(name, kwargs or {}, drop_path)
@@ -368,7 +368,7 @@ def load_weights(backbone, file, flag):
         more = [name for name in state.keys() - backbone.model.state_dict().keys() if name.startswith(stages)]
         if state.keys() >= set(used) and not more:
             return backbone.model.load_state_dict(state, strict=False)
-    stop(f"{flag} {file}: these are not the weights of {backbone.timm_name}, or of other model_kwargs")
+    stop(f"{flag} {file}: these are no weights of {backbone.timm_name} with these model_kwargs")
 
 # ------------------------------------------------------------------- the two models: what each has of its own
 class Model:
@@ -535,7 +535,7 @@ def log_line(cfg, models, now, per_epoch, speed, losses, statistics):
     log(cfg, record | dict(GB=torch.cuda.max_memory_allocated() / 1e9))   # 0 without a GPU
     columns = "".join(f"{loss:8.3f}" for loss in losses.values())
     say(f"{now.epoch:5}{f'{step}/{steps}':>16} {columns}{speed:8.0f}{record['minutes_left']:9.0f}")
-    low = 0.01 * math.log(cfg.out_dim)   # low, and "uniform" over half of log K, are [ours]
+    low = 0.01 * math.log(cfg.out_dim)   # low, "uniform" and "a quarter" below are [ours]
     if now.step % per_epoch < cfg.log_every and step > steps / 4:   # once an epoch
         for name in statistics:
             if name.startswith("spread") and statistics[name] < low:
@@ -777,7 +777,7 @@ def get_images(cfg, part):
             return ImageFolder(folder, loader=read_image, is_valid_file=is_image)
         except OSError as error:
             stop(f"--data {cfg.data}: {error}. Each class wants a folder of images in {folder}, at least one")
-    known = {name.lower(): name for name in torchvision.datasets.__all__ if name != "ImageNet"}
+    known = {name.lower(): name for name in torchvision.datasets.__all__ if name != "ImageNet"}   # not online
     name = known.get(cfg.data.lower().replace("_", ""))
     if name is None:
         stop(f"--data {cfg.data}: no such folder, nor a data set of torchvision such as cifar10, nor toy")

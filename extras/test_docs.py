@@ -109,8 +109,8 @@ def test_rows_of_results_come_out_of_the_committed_logs_and_its_study_is_one_tab
         tmp_path, monkeypatch, capsys):
     printed = printed_by("extras/RESULTS.md", tmp_path, monkeypatch, capsys)
     text = text_of("extras/RESULTS.md").replace("−", "-").replace("*", "")
-    rows = [line for line in printed.splitlines() if "logs/cifar10-" in line]
-    assert len(rows) == 8   # k-NN, then linear probing
+    rows = [line for line in printed.splitlines() if "extras/logs/" in line]
+    assert len(rows) == 16   # k-NN, then linear probing
     for row in rows:
         cells = row.strip("| ").split(" | ")[2:]   # of two models, and how far they differ from those alone
         pairs = [" / ".join(cells[i:i + 2]) for i in range(0, len(cells), 2)]

@@ -1,5 +1,5 @@
-"""Tests of walkthrough.ipynb: it keeps to its limits, it runs, also cell by cell twice, its assertions and its
-solutions hold, and it is saved with today's code. If that has changed, save it anew:
+"""Tests of walkthrough.ipynb: it keeps to its limits, it runs, also cell by cell twice, its assertions and
+its solutions hold, and it is saved with today's code. If that has changed, save it anew:
 
     python extras/test_walkthrough.py
 """
